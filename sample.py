@@ -1,0 +1,348 @@
+"""
+Text from a model: load a model directory, generate tokens, print them as they come.
+
+    python sample.py                                                    # the newest run under out/
+    python sample.py --model=out/smol_shakespeare --prompt="ROMEO:" --num_samples=3 --temperature=0.7 --top_k=50
+    python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt="Gravity is" --dtype=bfloat16
+
+    from sample import load, generate
+    model, tokenizer = load("out/smol_shakespeare")
+    for ids in generate(model, tokenizer.encode("ROMEO:").ids, max_new_tokens=100): ...     # (B,) ids a step
+
+load() is the only way a script gets a model, generate() the only sampler; app.py, bench.py and the tests share both.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from config import UserError, guard, override
+from model import KVCache, ModelError, SmolLM2
+
+
+@dataclass
+class Settings:
+    model: str = ""  # model directory or hub id; empty: the newest run under out/
+    prompt: str = "\n"  # the text to go on from; FILE:notes.txt reads it from a file
+    num_samples: int = 1  # how many continuations, one after the other
+    max_new_tokens: int = 200  # at most this many tokens each; fewer where the model ends the text
+    temperature: float = 0.8  # 0 takes the likeliest token each time; 1 the model's own odds; higher is wilder
+    top_k: int | None = None  # choose among the k likeliest tokens only
+    top_p: float | None = None  # ... among the fewest tokens that hold this much of the probability
+    min_p: float | None = None  # ... among tokens at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes tokens that have occurred less likely; 1.1 is a lot
+    seed: int = 1337  # sample i uses seed + i, so one sample can be had again alone
+    device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
+    dtype: str = "auto"  # float32 or bfloat16; auto is what the file holds
+    quantize: str = ""  # int8: weights of one byte each, half the memory traffic of bfloat16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def load(path, device="cpu", dtype: torch.dtype | None = None, quantize: str = "") -> tuple[SmolLM2, Tokenizer]:
+    """Model and tokenizer from a model directory or a hub id such as "HuggingFaceTB/SmolLM2-135M".
+
+    dtype None keeps the file's; quantize "int8" makes the weights int8 as they are loaded. Only a hub id that is not
+    in the local cache touches the network. Raises ModelError where anything is missing, damaged or does not belong
+    together: no other weights and no other tokenizer are ever put in their place.
+    """
+    path = find(path)
+    tokenizer = read_tokenizer(path)
+    model = SmolLM2.from_pretrained(path, device=device, dtype=dtype)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise ModelError(
+            f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
+            "they are from different runs. Copy the tokenizer.json that the model was trained with."
+        )
+    trained_with = metadata(path).get("tokenizer_sha256")
+    if trained_with and trained_with != file_sha256(path / "tokenizer.json"):
+        raise ModelError(
+            f"{path}: tokenizer.json is not the one this model was trained with (its sha256 should begin "
+            f"{trained_with[:12]}). Copy it again from the data folder of that run."
+        )
+    if quantize:
+        model.quantize(quantize)
+    return model, tokenizer
+
+
+def find(path) -> Path:
+    """A local directory as it is; a hub id becomes its folder in the Hugging Face cache, downloaded if need be."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    parts = str(path).split("/")
+    if len(parts) != 2 or not all(parts) or str(path)[0] in "./~" or Path(parts[0]).is_dir():
+        raise ModelError(f"{path}: no such directory. Train a model with: python train.py config/tiny_shakespeare.py")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except RepositoryNotFoundError:
+        raise ModelError(f"{path}: no such directory here and no such model on huggingface.co.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{path}: not a directory here, not in the Hugging Face cache, and huggingface.co cannot be reached "
+            f"({type(error).__name__}). Once online: hf download {path}"
+        ) from None
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """tokenizer.json through the `tokenizers` library. Text that spells a special token stays text: only a program
+    (a chat template, prepare.py between documents) may put the token itself."""
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(f"{file} not found: a model needs its own tokenizer. Copy it from where the model came.")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{file} is damaged ({error}). Copy it again from where it came.") from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What train.py left in the header of model.safetensors: step, val_loss, val_bpb, tokenizer_sha256. May be empty."""
+    file = Path(path) / "model.safetensors"
+    if not file.is_file():  # sharded, so not one of ours
+        return {}
+    with safe_open(file, framework="pt") as f:
+        return f.metadata() or {}
+
+
+def file_sha256(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def newest_run(root="out") -> Path:
+    """The run under out/ whose weights were written last."""
+    runs = sorted(Path(root).glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise UserError(f"no trained model under {root}/. Make one with: python train.py config/tiny_shakespeare.py")
+    return runs[-1].parent
+
+
+def pick_device(device: str) -> str:
+    """'auto' is the first of cuda, mps, cpu that is there; anything else is checked and taken."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={device} cannot be used here ({reason}). Without the flag the best is taken.") from None
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """'auto' is None, the file's own; otherwise the dtype of that name."""
+    names = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise UserError(f"--dtype={name}: expected one of {', '.join(names)}.")
+    return names[name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# from logits to the next token: each of these takes and returns logits (B, V), fp32; -inf marks a token as impossible
+
+
+def penalize_repetition(logits, seen, penalty: float):
+    """Scale down the tokens already in `seen` (B, S): positive logits are divided, negative ones multiplied
+    (CTRL, https://arxiv.org/abs/1909.05858, section 4.1)."""
+    score = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(score > 0, score / penalty, score * penalty))
+
+
+def keep_top_k(logits, k: int):
+    """Exactly the k largest stay, also where several are equal to the k-th; k beyond the vocabulary keeps all."""
+    values, ids = logits.topk(min(k, logits.size(-1)), dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(1, ids, values)
+
+
+def keep_top_p(logits, p: float):
+    """The fewest tokens whose probabilities add up to at least p (https://arxiv.org/abs/1904.09751, section 3.1)."""
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier ones hold together; 0 for the first
+    return torch.full_like(logits, -torch.inf).scatter(1, ids, values.masked_fill(before >= p, -torch.inf))
+
+
+def keep_min_p(logits, p: float):
+    """Tokens at least p times as likely as the likeliest (https://arxiv.org/abs/2407.01082, section 3)."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+
+
+def next_token(
+    logits, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, generator=None
+):
+    """Draw one token per row: logits (B, V) -> ids (B,). The order of the steps is transformers'."""
+    logits = logits.float()
+    if repetition_penalty != 1.0:
+        logits = penalize_repetition(logits, seen, repetition_penalty)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    if min_p is not None:
+        logits = keep_min_p(logits, min_p)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens):
+    """UserError, all problems at once, where a setting is outside what it can mean."""
+    problems = []
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature={temperature}: expected 0 (the likeliest token) or more.")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k={top_k}: expected at least 1; leave it out to keep every token.")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p}: expected more than 0 and at most 1.")
+    if min_p is not None and not 0 <= min_p <= 1:
+        problems.append(f"min_p={min_p}: expected 0 to 1.")
+    if not repetition_penalty > 0:
+        problems.append(f"repetition_penalty={repetition_penalty}: expected more than 0; 1 is none.")
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens={max_new_tokens}: expected at least 1.")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generating
+
+PREFILL_CHUNK = 512  # prompt tokens per forward pass: more rows do not make the products faster, only the scores bigger
+
+
+@torch.inference_mode()
+def prefill(model, ids, cache, start: int = 0):
+    """Run ids (B, T) through the model into the cache, in chunks; the logits of the last position, (B, V)."""
+    for a in range(0, ids.size(1), PREFILL_CHUNK):
+        chunk = ids[:, a : a + PREFILL_CHUNK]
+        logits, _ = model(chunk, cache=cache, start=start + a, logits_to_keep=1)
+    return logits[:, -1]
+
+
+def generate(
+    model, prompt_ids, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int | None = None,
+    top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
+    seed: int | None = None, stop_ids=None, with_logits: bool = False,
+) -> Iterator[torch.Tensor]:  # fmt: skip
+    """Yield the next token ids, (B,) int64 on the model's device, one tensor a step; with_logits: (ids, logits (B, V)).
+
+    prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
+    request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
+    stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has
+    ended yields it again until the other rows have ended too.
+
+    Past the context: when all max_position_embeddings positions are taken, the newer half of them is kept and read
+    again from position 0, and generation goes on. A prompt longer than the context is cut at its beginning likewise.
+    """
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens)
+    context = model.config.max_position_embeddings
+    ids = torch.as_tensor(prompt_ids, dtype=torch.int64, device=model.device)
+    ids = ids[None] if ids.dim() == 1 else ids  # (B, T)
+    if ids.dim() != 2 or ids.size(1) == 0:
+        raise UserError("an empty prompt: the model needs at least one token to go on from.")
+    if int(ids.max()) >= model.config.vocab_size or int(ids.min()) < 0:
+        raise UserError(f"prompt ids must be 0 .. {model.config.vocab_size - 1}: was it encoded by another tokenizer?")
+    stop = torch.tensor(sorted(model.config.eos_ids if stop_ids is None else stop_ids), device=ids.device)
+    generator = torch.Generator(device=ids.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    filters = dict(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )  # fmt: skip
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
+    cache = KVCache(model.config, len(ids), model.device, model.dtype)
+    logits = prefill(model, window, cache)
+    for n in range(max_new_tokens):
+        with torch.inference_mode():
+            new = next_token(logits, ids, **filters, generator=generator)
+            if n > 0:
+                new = torch.where(ended, ids[:, -1], new)
+            ended = ended | torch.isin(new, stop)
+        yield (new, logits) if with_logits else new
+        if n == max_new_tokens - 1 or bool(ended.all()):
+            return
+        ids = torch.cat((ids, new[:, None]), dim=1)
+        if window.size(1) == context:
+            window = torch.cat((window[:, -(context // 2) :], new[:, None]), dim=1)[:, -context:]
+            logits = prefill(model, window, cache)
+        else:
+            window = torch.cat((window, new[:, None]), dim=1)
+            logits = prefill(model, new[:, None], cache, start=window.size(1) - 1)
+
+
+def stream_text(tokenizer: Tokenizer, steps: Iterator[torch.Tensor]) -> Iterator[str]:
+    """Text of row 0 as it grows, piece by piece. A character whose bytes span tokens comes out whole, when its last
+    token is there; special tokens have no text."""
+    stream, shown, ids = DecodeStream(skip_special_tokens=True), 0, []
+    for step in steps:
+        ids.append(int(step[0]))
+        piece = stream.step(tokenizer, ids[-1])
+        if piece:
+            shown += len(piece)
+            yield piece
+    rest = tokenizer.decode(ids, skip_special_tokens=True)[shown:]  # a character cut off by the end
+    if rest:
+        yield rest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def main():
+    (s,) = override(sys.argv[1:], Settings, doc=__doc__)
+    check_sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.max_new_tokens)
+    prompt = s.prompt
+    if prompt.startswith("FILE:"):
+        try:
+            prompt = Path(prompt[5:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt={s.prompt}: {error}") from None
+    path = s.model or newest_run()
+    device = pick_device(s.device)
+    model, tokenizer = load(path, device, pick_dtype(s.dtype), s.quantize)
+    facts = [f"{model.num_parameters()['total']:,} parameters", device, s.quantize or str(model.dtype)[6:]]
+    facts += [f"{k} {v}" for k, v in metadata(find(path)).items() if k in ("step", "val_bpb")]
+    print(f"{path}: " + ", ".join(facts), file=sys.stderr)  # the text alone goes to stdout
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    for i in range(s.num_samples):
+        count, started, first = 0, time.perf_counter(), None
+
+        def counted(steps):
+            nonlocal count, first
+            for step in steps:
+                count, first = count + 1, first or time.perf_counter()
+                yield step
+
+        print(prompt, end="", flush=True)
+        steps = generate(
+            model, prompt_ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty,
+            seed=s.seed + i,
+        )  # fmt: skip
+        for piece in stream_text(tokenizer, counted(steps)):
+            print(piece, end="", flush=True)
+        print()
+        rate = f"{(count - 1) / (time.perf_counter() - first):.1f} tokens/s" if count > 1 else "one token"
+        print(f"[{count} tokens, {rate}, the first after {first - started:.2f} s]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    guard(main, ModelError)

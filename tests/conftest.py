@@ -1,0 +1,73 @@
+"""What the tests share: a tiny model made by transformers, with a tokenizer, in a directory. Offline, CPU, fp32."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network, whatever cache this machine has
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY = dict(  # SmolLM2's 3:1 grouping and theta at a size that runs in milliseconds
+    vocab_size=512, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    initializer_range=0.15, bos_token_id=0, eos_token_id=0, attention_bias=False, mlp_bias=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+)  # fmt: skip
+
+TEXT = "".join(  # enough to learn a vocabulary and a little structure from
+    f"{name}:\nWhat news {when}, and {n} ships {where}?\n\n"
+    for n, name in enumerate(("MARA", "OLD TAM", "The Duke", "First Sailor", "BRINE", "Josse") * 40)
+    for when, where in (("tonight", "in the harbour"), ("of the king", "beyond the reef"))
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_torch_state():
+    """Two threads, a fixed seed and the default dtype for every test, whatever the one before it did."""
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def tiny_hf(seed: int = 0, **changes):
+    """A random LlamaForCausalLM of the TINY shape (with `changes` to its LlamaConfig), fp32, in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(TINY | changes))).eval()
+
+
+def save_hf_directory(path, hf=None, **save_arguments) -> Path:
+    """A complete directory as transformers writes it, plus a 512-token tokenizer; returns the path."""
+    from prepare import tokenizer_config, train_bpe
+    from model import write_json
+
+    hf = hf or tiny_hf()
+    path = Path(path)
+    hf.save_pretrained(path, **save_arguments)
+    train_bpe([TEXT], 512).save(str(path / "tokenizer.json"))
+    write_json(path / "tokenizer_config.json", tokenizer_config("<|endoftext|>", 64))
+    return path
+
+
+@pytest.fixture
+def hf_directory(tmp_path) -> Path:
+    """A directory with a tiny random tied model in fp32, made by transformers, and its tokenizer."""
+    return save_hf_directory(tmp_path / "model")
+
+
+def run_script(*arguments, cwd=ROOT, timeout=120, **environment) -> subprocess.CompletedProcess:
+    """Run `python SCRIPT ...` as a user would and return what it printed. The script is looked up in the repository."""
+    script, *rest = map(str, arguments)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *rest],
+        cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8",
+        env=os.environ | {"PYTHONUTF8": "1"} | environment,
+    )  # fmt: skip
