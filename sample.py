@@ -289,15 +289,14 @@ def generate(
 
 
 def stream_text(tokenizer: Tokenizer, steps: Iterator[torch.Tensor]) -> Iterator[str]:
-    """Text of row 0 as it grows, piece by piece. A character whose bytes span tokens comes out whole, when its last
-    token is there; special tokens have no text."""
+    """Text of row 0 as it grows, one piece per step. A character whose bytes span tokens comes out whole, when its last
+    token is there, and special tokens have no text: those steps yield "", so that a caller can still stop there."""
     stream, shown, ids = DecodeStream(skip_special_tokens=True), 0, []
     for step in steps:
         ids.append(int(step[0]))
-        piece = stream.step(tokenizer, ids[-1])
-        if piece:
-            shown += len(piece)
-            yield piece
+        piece = stream.step(tokenizer, ids[-1]) or ""
+        shown += len(piece)
+        yield piece
     rest = tokenizer.decode(ids, skip_special_tokens=True)[shown:]  # a character cut off by the end
     if rest:
         yield rest
