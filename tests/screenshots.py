@@ -1,0 +1,116 @@
+"""
+Pictures of the playground's tabs for the README: light, dark and on a phone, as small PNGs.
+
+    python tests/screenshots.py --model=out/tiny_shakespeare         # into docs/
+
+Wants playwright and a Chromium (Debian: apt-get install chromium), and Pillow, which gradio brings.
+"""
+
+import io
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from PIL import Image  # noqa: E402
+from playwright.sync_api import sync_playwright  # noqa: E402
+
+import app  # noqa: E402
+from config import UserError, guard, override  # noqa: E402
+from model import ModelError  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MOST_BYTES = 150_000
+
+
+@dataclass
+class Settings:
+    model: str = "out/tiny_shakespeare"  # the trained run to show; its log.jsonl fills the Training tab
+    other: str = ""  # the right side of Compare; empty: the same model
+    out_dir: str = "docs"  # where the pictures go
+    prompt: str = "ROMEO:"  # what Write and Compare go on from
+    seed: int = 7  # of the text
+
+
+def save(page, path: Path):
+    """A PNG of what the window shows, with as many colours as fit into MOST_BYTES."""
+    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    for colors in (256, 128, 64, 32):
+        image.quantize(colors, dither=Image.Dither.NONE).save(path, optimize=True)
+        if path.stat().st_size <= MOST_BYTES:
+            break
+    print(f"{path}: {image.width} x {image.height}, {path.stat().st_size:,} bytes")
+
+
+def tab(page, name: str):
+    """Open a tab, from the menu of those that a narrow window has no room for if need be."""
+    button = page.get_by_role("tab", name=name)
+    if not button.is_visible():
+        page.locator(".overflow-menu > button").click()
+        button = page.locator(".overflow-dropdown button", has_text=name)
+    button.click()
+    page.wait_for_timeout(700)
+
+
+def write(page, s: Settings):
+    """Generate a text with the seed of the settings and wait for its end."""
+    page.get_by_label("Seed").evaluate("(e, seed) => { e.value = seed; e.dispatchEvent(new Event('input')) }", s.seed)
+    page.locator("#prompt textarea").fill(s.prompt)
+    page.locator("#prompt textarea").press("Enter")
+    page.get_by_text("stopped:").first.wait_for(timeout=120_000)
+    page.wait_for_timeout(300)
+
+
+def look(browser, url: str, s: Settings, out: Path, scheme: str, width: int, height: int, names: list[str]):
+    page = browser.new_page(viewport=dict(width=width, height=height), color_scheme=scheme)
+    page.goto(url)
+    page.locator("#prompt textarea").wait_for()
+    page.locator(".status").first.wait_for()
+    kind = "phone" if width < 768 else scheme
+    write(page, s)
+    for name in names:
+        tab(page, name)
+        if name == "See inside":
+            tokens = page.locator("#inside [data-t]")
+            tokens.nth(min(9, tokens.count() - 1)).click()
+        elif name == "Compare":
+            if s.other:
+                page.get_by_role("combobox", name="Right").click()
+                page.get_by_role("option", name=s.other).click()
+            page.locator("#both textarea").fill(s.prompt)
+            page.locator("#both textarea").press("Enter")
+            page.wait_for_function("document.body.innerText.split('stopped:').length >= 3", timeout=240_000)
+        elif name == "Training":
+            page.locator("#loss canvas, #loss svg").first.wait_for()
+            page.wait_for_timeout(1500)
+        page.wait_for_timeout(300)
+        save(page, out / f"app-{name.lower().replace(' ', '-')}-{kind}.png")
+    page.close()
+
+
+def main():
+    (s,) = override(sys.argv[1:], Settings, doc=__doc__)
+    if CHROMIUM is None:
+        raise UserError("no Chromium found. On Debian: apt-get install chromium")
+    out = Path(s.out_dir)
+    out.mkdir(exist_ok=True)
+    models = app.Models(s.model, "cpu", None)
+    demo = app.build(models)
+    arguments = app.launch_arguments(app.Settings()) | dict(server_port=None)
+    _, url, _ = demo.launch(**arguments, prevent_thread_lock=True)
+    everything = ["Write", "See inside", "Compare", "Training", "Model"]
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            look(browser, url, s, out, "light", 1180, 860, everything)
+            look(browser, url, s, out, "dark", 1180, 860, everything)
+            look(browser, url, s, out, "light", 390, 844, everything)
+            browser.close()
+    finally:
+        demo.close()
+
+
+if __name__ == "__main__":
+    guard(main, ModelError)
