@@ -21,6 +21,7 @@ heads, G = H / K query heads per key/value head, D head dim, V vocabulary.
 import json
 import math
 import os
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -410,7 +411,7 @@ class SmolLM2(nn.Module):
 
     @torch.no_grad()
     def quantize(self, kind: str = "int8") -> "SmolLM2":
-        """Replace every matrix by int8 rows with a scale each, in place; activations run in bfloat16. Inference only."""
+        """Make every matrix int8, with a scale per row, in place; activations run in bfloat16. For inference only."""
         if kind != "int8":
             raise ModelError(f"quantize={kind!r}: only 'int8' is implemented.")
         self.to(torch.bfloat16)
@@ -469,9 +470,10 @@ class SmolLM2(nn.Module):
         write_json(path / "config.json", self.config.to_dict(self.dtype))
         write_json(path / "generation_config.json", {k: v for k, v in special.items() if v is not None})
         tensors = {hf_name(name): p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        header = {"format": "pt", "crc32": checksum(tensors)} | (metadata or {})
         with atomic(path / "model.safetensors") as temporary:
             try:
-                save_file(tensors, temporary, metadata={"format": "pt"} | (metadata or {}))
+                save_file(tensors, temporary, metadata=header)
             except SafetensorError as error:  # how the library reports a full disk
                 raise OSError(str(error)) from error
 
@@ -610,19 +612,32 @@ def read_json(path: Path) -> dict:
         raise ModelError(f"{path} is damaged ({error}). Copy it again from where it came.") from None
 
 
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of all tensors' bytes in the order of their names: the format itself would not notice a flipped bit."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names. ModelError names the
+    file that is missing, cut short or, where save_pretrained left a checksum, altered."""
     index = path / "model.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     tensors = {}
     for name in names:
         try:
             with safe_open(path / name, framework="pt") as f:
-                tensors |= {key: f.get_tensor(key) for key in f.keys()}
+                found = {key: f.get_tensor(key) for key in f.keys()}
+                crc = (f.metadata() or {}).get("crc32")
         except FileNotFoundError:
             raise ModelError(f"{path / name} not found: {path} holds no complete model.") from None
         except SafetensorError as error:
             raise ModelError(f"{path / name} is damaged ({error}). Copy it again, or train again.") from None
+        if crc and crc != checksum(found):
+            raise ModelError(f"{path / name} has been altered since it was written (wrong checksum). Copy it again.")
+        tensors |= found
     return tensors
 
 
@@ -630,4 +645,6 @@ if __name__ == "__main__":
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             n = SmolLM2(preset).num_parameters()
-        print(f"SmolLM2-{name}: {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
+        print(
+            f"SmolLM2-{name}: {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone"
+        )

@@ -112,7 +112,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What train.py left in the header of model.safetensors: step, val_loss, val_bpb, tokenizer_sha256. May be empty."""
+    """What train.py left in the header of model.safetensors: step, val_loss, val_bpb, tokenizer_sha256; or nothing."""
     file = Path(path) / "model.safetensors"
     if not file.is_file():  # sharded, so not one of ours
         return {}
@@ -141,7 +141,9 @@ def pick_device(device: str) -> str:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device={device} cannot be used here ({reason}). Without the flag the best is taken.") from None
+        raise UserError(
+            f"--device={device} cannot be used here ({reason}). Without the flag the best is taken."
+        ) from None
     return device
 
 

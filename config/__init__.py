@@ -112,8 +112,8 @@ def documented_settings(script: str) -> dict[str, str]:
     for node in body:
         if isinstance(node, ast.AnnAssign):
             comments = [lines[node.end_lineno - 1].partition("  # ")[2]]
-            for line in lines[node.end_lineno :]:  # comments may go on, indented, below the setting
-                more = re.fullmatch(r"\s{8,}# (.*)", line)
+            for line in lines[node.end_lineno :]:  # a comment may go on, indented, on the lines below
+                more = re.fullmatch(r"\s+#\s{3,}(\S.*)", line)
                 if not more:
                     break
                 comments.append(more[1])
@@ -131,7 +131,7 @@ def describe(Settings: type) -> str:
 
 
 def guard(main, *expected: type[Exception]):
-    """Run a script's main(); a UserError (or one of `expected`) ends it with its message and exit code 1, no traceback."""
+    """Run a script's main(); a UserError (or one of `expected`) ends it with its message and exit code 1."""
     try:
         main()
     except (UserError, *expected) as error:

@@ -21,11 +21,7 @@ TINY = dict(  # SmolLM2's 3:1 grouping and theta at a size that runs in millisec
     rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
 )  # fmt: skip
 
-TEXT = "".join(  # enough to learn a vocabulary and a little structure from
-    f"{name}:\nWhat news {when}, and {n} ships {where}?\n\n"
-    for n, name in enumerate(("MARA", "OLD TAM", "The Duke", "First Sailor", "BRINE", "Josse") * 40)
-    for when, where in (("tonight", "in the harbour"), ("of the king", "beyond the reef"))
-)
+TEXT = (ROOT / "data/shakespeare/play.txt").read_text(encoding="utf-8")[:30000]
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +42,8 @@ def tiny_hf(seed: int = 0, **changes):
 
 def save_hf_directory(path, hf=None, **save_arguments) -> Path:
     """A complete directory as transformers writes it, plus a 512-token tokenizer; returns the path."""
-    from prepare import tokenizer_config, train_bpe
     from model import write_json
+    from prepare import tokenizer_config, train_bpe
 
     hf = hf or tiny_hf()
     path = Path(path)

@@ -1,0 +1,133 @@
+"""config.override: recipes and flags, and everything that does not fit, reported at once with nothing started."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+import config
+import prepare
+import train
+
+
+@dataclass
+class Settings:
+    steps: int = 10  # how many
+    rate: float = 0.1  # how fast
+    name: str = "a"  # what it
+    #                  is called
+    flag: bool = False  # whether
+    limit: int | None = None  # at most
+
+
+def take(*argv, **kw):
+    return config.override(list(argv), Settings, **kw)[0]
+
+
+def test_flags_convert_to_the_type_of_the_default():
+    """An int is fine for a float, text keeps its '=', None can be given back."""
+    s = take("--steps=1_000", "--rate=1", "--name=a=b", "--flag=true", "--limit=5")
+    assert (s.steps, s.rate, s.name, s.flag, s.limit) == (1000, 1.0, "a=b", True, 5)
+    assert type(s.rate) is float
+    assert take("--limit=none").limit is None
+    assert take("--rate=3e-4").rate == 3e-4
+
+
+def test_later_wins_and_recipes_come_before_flags(tmp_path):
+    """Two recipes in order, then flags wherever they stand; names with an underscore are the recipe's own."""
+    (tmp_path / "a.py").write_text("steps = 1\nrate = 2\n_x = 3\nimport math\n")
+    (tmp_path / "b.py").write_text("steps = 2\n")
+    s = take("--name=z", str(tmp_path / "a.py"), str(tmp_path / "b.py"))
+    assert (s.steps, s.rate, s.name) == (2, 2.0, "z")
+    assert take(str(tmp_path / "a.py"), "--steps=9").steps == 9
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--stepz=3", "Did you mean steps?"),
+        ("--steps=8.5", "expected a whole number like the default 10"),
+        ("--rate=abc", "expected a number"),
+        ("--flag=maybe", "expected true or false"),
+        ("--steps", "write --key=value"),
+        ("-s", "write --key=value"),
+        ("no_such.py", "no such file"),
+    ],
+)
+def test_what_does_not_fit_exits_2_and_says_why(argument, message, capsys):
+    """A typo must never become a silent default."""
+    with pytest.raises(SystemExit) as stop:
+        take(argument)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_problems_of_recipe_and_flags_are_reported_at_once(tmp_path, capsys):
+    """nanoGPT's configurator lets a typo inside a recipe pass; here it counts like one in a flag."""
+    (tmp_path / "a.py").write_text("stepps = 1\nrate = 'fast'\nflag = 1\n")
+    with pytest.raises(SystemExit):
+        take(str(tmp_path / "a.py"), "--nmae=x")
+    err = capsys.readouterr().err
+    for part in ("stepps", "Did you mean steps?", "rate", "flag", "--nmae=x", "Did you mean name?"):
+        assert part in err
+
+
+def test_a_broken_recipe_is_named(tmp_path, capsys):
+    (tmp_path / "a.py").write_text("steps = \n")
+    with pytest.raises(SystemExit):
+        take(str(tmp_path / "a.py"))
+    assert "SyntaxError" in capsys.readouterr().err
+
+
+def test_a_recipe_cannot_reach_the_scripts_globals(tmp_path):
+    """Recipes run in a namespace of their own; assigning a name there changes nothing here."""
+    (tmp_path / "a.py").write_text("steps = 4\n")
+    take(str(tmp_path / "a.py"))
+    assert not hasattr(config, "steps") and "steps" not in globals()
+
+
+def test_help_lists_every_setting_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.override(["--help"], Settings, doc="what it does")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "what it does" in out
+    assert "--steps=10" in out and "how many" in out and "what it is called" in out
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare.py", "sample.py"])
+def test_every_setting_of_every_script_is_explained(script):
+    """--help is made of the comments; a setting without one is a bare name. Architecture keys explain themselves."""
+    for key, comment in config.documented_settings(str(ROOT / script)).items():
+        assert comment or key in train.SmolLM2Config.__dataclass_fields__, f"{script}: {key} has no comment"
+
+
+@pytest.mark.parametrize("recipe", sorted(Path(ROOT, "config").glob("*.py")), ids=lambda p: p.name)
+def test_every_recipe_fits_both_scripts(recipe):
+    """A recipe is given to prepare.py and to train.py; neither may stumble over the other's keys."""
+    if recipe.name == "__init__.py":
+        assert config.override([], prepare.Settings)
+        return
+    s, data = config.override([str(recipe)], train.Settings, prepare.Settings)
+    train.check_settings(s)
+    (alone,) = config.override([str(recipe)], prepare.Settings, shared_with=str(ROOT / "train.py"))
+    assert alone == data
+
+
+def test_the_shared_keys_are_read_without_importing(tmp_path, capsys):
+    """prepare.py must know train.py's keys without importing torch's friend; an unknown one is still refused."""
+    (tmp_path / "a.py").write_text("learning_rate = 1e-3\nlerning_rate = 1\n")
+    with pytest.raises(SystemExit):
+        config.override([str(tmp_path / "a.py")], prepare.Settings, shared_with=str(ROOT / "train.py"))
+    err = capsys.readouterr().err
+    assert "lerning_rate" in err and "Did you mean learning_rate?" in err and err.count("no such setting") == 1
+
+
+def test_the_scripts_report_unknown_keys_and_start_nothing(tmp_path):
+    """As a user sees it: exit code 2, two lines, no traceback, no files."""
+    for script in ("train.py", "prepare.py", "sample.py"):
+        done = run_script(script, "--learning_rte=abc", cwd=tmp_path)
+        assert done.returncode == 2 and "no such setting" in done.stderr and "Traceback" not in done.stderr
+    done = run_script("train.py", "--learning_rate=abc", cwd=tmp_path)
+    assert done.returncode == 2 and "expected a number" in done.stderr
+    assert not list(tmp_path.iterdir())

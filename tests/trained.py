@@ -1,0 +1,31 @@
+"""A run of our own, made by train.py from the play in this repository: what the clients are given to read."""
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+from conftest import ROOT, run_script
+
+PLAY = ROOT / "data" / "shakespeare" / "play.txt"
+
+
+@functools.cache  # once per test session; about seven seconds
+def trained_run() -> Path:
+    """The run's directory. It is shared: a test that writes into it takes copy_of_run()."""
+    folder = Path(tempfile.mkdtemp(prefix="trained"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    arguments = (
+        f"--input={PLAY} --dataset=play --vocab_size=512 --out_dir=out/play --hidden_size=64 --intermediate_size=128 "
+        "--num_hidden_layers=2 --num_attention_heads=4 --num_key_value_heads=2 --block_size=64 --global_batch_size=8 "
+        "--micro_batch_size=8 --max_iters=120 --eval_interval=60 --learning_rate=1e-2 --warmup_iters=5 "
+        "--device=cpu --dtype=float32 --compile=off --peak_tflops=1"
+    )
+    done = run_script("train.py", *arguments.split(), cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out" / "play"
+
+
+def copy_of_run(path) -> Path:
+    return Path(shutil.copytree(trained_run(), path))
