@@ -198,8 +198,7 @@ def toasts():
     try:
         yield
     except (UserError, ModelError, OSError) as error:
-        message = html.escape(str(error), quote=False)
-        raise gr.Error(message[:1].upper() + message[1:], duration=20, print_exception=False) from None
+        raise gr.Error(html.escape(str(error), quote=False), duration=20, print_exception=False) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

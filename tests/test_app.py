@@ -1,0 +1,448 @@
+"""The playground through gradio_client, and its parts: streaming, stopping, limits, changed files, safe serving."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+pytest.importorskip("gradio", reason="the playground wants gradio: pip install -r requirements.txt")
+import gradio as gr  # noqa: E402
+import httpx  # noqa: E402
+import torch  # noqa: E402
+from gradio_client import Client  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+from gradio_client.utils import Status  # noqa: E402
+from playground import SlowGenerate, make_run, serving  # noqa: E402
+
+import app  # noqa: E402
+from config import UserError, guard  # noqa: E402
+from model import ModelError  # noqa: E402
+from sample import generate, load  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with out/a and out/b, two random models that share a tokenizer. Not to be written to."""
+    root = tmp_path_factory.mktemp("playground")
+    make_run(root / "out" / "b", seed=1)
+    make_run(root / "out" / "a", seed=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(runs):
+    with serving(runs) as (url, demo, models):
+        yield url, demo, models
+
+
+@pytest.fixture
+def client(served) -> Client:
+    return Client(served[0], verbose=False)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """slow(0.05) makes every token take that long and counts them."""
+
+    def start(pause):
+        stand_in = SlowGenerate(pause)
+        monkeypatch.setattr(app, "generate", stand_in)
+        return stand_in
+
+    return start
+
+
+def expected(folder: Path, prompt: str, seed: int, n: int) -> str:
+    """What sample.py would print."""
+    model, tokenizer = load(folder)
+    ids = [int(i) for i in generate(model, tokenizer.encode(prompt).ids, n, seed=seed)]
+    return tokenizer.decode(ids)
+
+
+def ask(client: Client, prompt: str = "MARA:", n: int = 40, seed: int = 5, **more):
+    return client.submit(prompt, max_new_tokens=n, seed=seed, api_name="/generate", **more)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one request
+
+
+def test_text_streams_and_is_what_sample_py_makes(runs, client):
+    """A page that waits for the whole text, or samples by rules of its own, is not this project's playground."""
+    pieces = list(ask(client, model="out/a"))
+    assert len(pieces) > 10
+    assert all(b.startswith(a) for a, b in zip(pieces, pieces[1:]))
+    assert pieces[-1] == expected(runs / "out/a", "MARA:", 5, 40)
+    assert pieces[-1] != ask(client, model="out/a", seed=6).result()  # the comparison can fail
+    assert pieces[-1] != ask(client, model="out/b").result()
+
+
+def test_seed_0_draws_a_new_one(client):
+    """Two presses of Generate with the default seed must not give one and the same text."""
+    assert len({ask(client, seed=0).result() for _ in range(3)}) == 3
+
+
+def test_cancel_ends_the_computation_within_two_tokens(client, slow):
+    """A stop that only hides the text leaves the machine busy for everyone in the queue."""
+    counted = slow(0.05)
+    job = ask(client, n=500)
+    counted.wait_for(3)
+    job.cancel()
+    at = counted.tokens
+    assert counted.ended.wait(5), "the generator was never closed"
+    assert counted.tokens <= at + 2
+    time.sleep(0.5)  # ten tokens' time: had it gone on unseen, it would show
+    assert counted.tokens <= at + 2
+    ask(client, n=12).result()  # and the queue goes on
+    assert counted.tokens > at + 2
+
+
+def test_a_client_that_goes_away_ends_the_computation(client, slow):
+    """A closed tab, seen from the server: the connection that streams the text is gone."""
+    counted = slow(0.1)
+    base = client.src.rstrip("/") + "/gradio_api/call/v2/generate"
+    event = httpx.post(base, json=dict(prompt="MARA:", max_new_tokens=500, seed=5)).json()["event_id"]
+    with httpx.stream("GET", f"{base}/{event}", timeout=20):
+        counted.wait_for(3)
+        assert not counted.ended.is_set()
+    at = counted.tokens
+    assert counted.ended.wait(5), "it went on after the client had left"
+    assert counted.tokens <= at + 2
+
+
+def test_two_clients_at_once_do_not_mix(runs, served, slow):
+    """Each request has a cache and a generator of its own; one runs at a time, the other sees its place in line."""
+    counted = slow(0.01)
+    first, second = Client(served[0], verbose=False), Client(served[0], verbose=False)
+    jobs = [ask(first, "MARA:", seed=5, model="out/a"), ask(second, "The Duke", seed=9, model="out/b")]
+    counted.wait_for(5)
+    for _ in range(200):
+        queued = [job.status() for job in jobs if job.status().code is Status.IN_QUEUE]
+        if queued or counted.tokens > 60:
+            break
+        time.sleep(0.01)
+    assert queued and queued[0].rank == 0 and queued[0].queue_size == 1
+    texts = [job.result() for job in jobs]
+    assert counted.most_running == 1
+    counted.pause = 0
+    alone = [
+        ask(first, "MARA:", seed=5, model="out/a").result(),
+        ask(first, "The Duke", seed=9, model="out/b").result(),
+    ]
+    assert texts == alone
+    assert texts[0] != texts[1]
+
+
+def test_the_queue_has_a_bound(served, slow, monkeypatch):
+    """A visitor who sends a thousand requests must be told to come back later, not be allowed to fill the memory."""
+    demo = served[1]
+    assert demo._queue.max_size == app.MAX_WAITING == 16
+    counted = slow(0.03)
+    monkeypatch.setattr(demo._queue, "max_size", 1)
+    client = Client(served[0], verbose=False)
+    running = ask(client, n=60)
+    counted.wait_for(1)
+    others = [ask(Client(served[0], verbose=False), n=10) for _ in range(2)]
+    assert sorted(bool(job.exception()) for job in others) == [False, True]
+    assert "full" in str(next(job.exception() for job in others if job.exception()))
+    assert running.result()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# limits
+
+
+@pytest.mark.parametrize("name", app.KNOBS)
+def test_every_number_is_clamped(name):
+    """The sliders' ends bind in a browser; the server must hold them against everyone else."""
+    low, high, default, *_ = app.KNOBS[name]
+    assert app.clamp(name, 10**12) == app.clamp(name, float("inf")) == high
+    assert app.clamp(name, -(10**12)) == low
+    assert app.clamp(name, default) == default
+    assert type(app.clamp(name, high)) is type(default)
+    for nonsense in (float("nan"), "12", None, True, [1]):
+        with pytest.raises(UserError, match=name):
+            app.clamp(name, nonsense)
+
+
+def test_the_api_clamps(client, slow):
+    """The clamp is on the way of every request, not beside it."""
+    counted = slow(0)
+    job = client.submit(
+        "MARA:", max_new_tokens=10**9, temperature=-3, top_k=-1, top_p=0, min_p=7, repetition_penalty=0, seed=-4,
+        api_name="/generate",
+    )  # fmt: skip
+    counted.wait_for(3)
+    job.cancel()
+    (_, settings) = counted.calls[0]
+    assert settings["seed"] > 0
+    assert {k: v for k, v in settings.items() if k not in ("seed", "stop_ids", "with_logits")} == dict(
+        max_new_tokens=1024, temperature=0.0, top_k=None, top_p=0.05, min_p=0.5, repetition_penalty=1.0
+    )
+    with pytest.raises(AppError, match="temperature='hot'"):
+        client.predict("MARA:", temperature="hot", api_name="/generate")
+
+
+def test_long_prompts_are_cut_on_the_server(served, client, slow):
+    """A prompt of a million characters would hold the machine for minutes; the end of it is what the text follows."""
+    counted = slow(0)
+    prompt = "x" * 100 + "MARA: what news? " * 400
+    ask(client, prompt, n=10).result()
+    (ids, _), tokenizer = counted.calls[0], served[2].get("out/a")[1]
+    assert tokenizer.decode(ids) == prompt[-app.MAX_PROMPT :]
+    assert app.MAX_PROMPT == 4000
+
+
+def test_an_empty_prompt_begins_a_text(client):
+    """An empty box is the first thing a visitor sends."""
+    assert ask(client, "", n=12).result()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models on disk
+
+
+@pytest.mark.parametrize("name", ["out/nothing", "/", "out/../out/a", "..", "HuggingFaceTB/SmolLM2-135M"])
+def test_only_listed_models_can_be_had(client, name):
+    """A visitor who could name a path could read the disk, or make the server download."""
+    with pytest.raises(AppError, match="Choose one of: out/a, out/b"):
+        ask(client, model=name).result()
+    assert ask(client, n=10, model="out/b").result()  # the app goes on
+
+
+def test_a_model_that_goes_or_changes_is_noticed(tmp_path):
+    """Old weights under a run's name after it trained on, or a traceback after it was deleted, mislead."""
+    for name in "ab":
+        make_run(tmp_path / "out" / name, seed=0)
+    with serving(tmp_path) as (url, _, models):
+        client = Client(url, verbose=False)
+        before = ask(client, model="out/a").result()
+        assert models.get("out/a")[0] is models.get("out/a")[0]  # loaded once
+        make_run(tmp_path / "out" / "a", seed=2, step=300)
+        after = ask(client, model="out/a").result()
+        assert after == expected(tmp_path / "out/a", "MARA:", 5, 40) != before
+        shutil.rmtree(tmp_path / "out" / "a")
+        with pytest.raises(AppError, match="out/a: no such model here"):
+            ask(client, model="out/a").result()
+        assert ask(client, model="out/b").result() == before  # the same weights as a's first
+        (tmp_path / "out" / "b" / "model.safetensors").write_bytes(b"not weights at all")
+        with pytest.raises(AppError, match="damaged"):
+            ask(client, model="out/b").result()
+
+
+def test_no_model_at_all(tmp_path):
+    """It opens, says what to run, and never answers with random weights."""
+    with serving(tmp_path) as (url, _, models):
+        with pytest.raises(AppError, match="python train.py"):
+            ask(Client(url, verbose=False)).result()
+        line, card = app.facts(models, "", False)
+        assert "python train.py" in line and "python train.py" in card
+        make_run(tmp_path / "out" / "late")  # and takes up what is trained meanwhile
+        assert ask(Client(url, verbose=False)).result()
+
+
+def test_int8_is_another_model(served, client, monkeypatch):
+    """The switch must reach the loader, and not change the full-precision model that others use."""
+    assert served[2].get("out/a", True)[0].dtype != served[2].get("out/a", False)[0].dtype
+    kinds = []
+    monkeypatch.setattr(app, "generate", lambda model, ids, **s: kinds.append(model.embed_tokens) or iter(()))
+    ask(client, model="out/a", int8=True).result()
+    ask(client, model="out/a").result()
+    assert [type(kind).__name__ for kind in kinds] == ["Int8Embedding", "Embedding"]
+
+
+def test_at_most_two_models_stay_in_memory(runs, served):
+    """Every choice in the list would otherwise stay loaded until the machine is full."""
+    models = served[2]
+    for name, int8 in (("out/a", False), ("out/b", False), ("out/a", True)):
+        models.get(name, int8)
+    assert list(models.loaded) == [("out/b", False), ("out/a", True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is shown
+
+
+def written(runs, prompt="MARA:", **numbers) -> app.Record:
+    models, record = app.Models(str(runs / "out/a"), "cpu", None), app.Record()
+    numbers = {key: knob[2] for key, knob in app.KNOBS.items()} | dict(seed=5) | numbers
+    for _ in app.write(models, record, models.given, False, prompt, **numbers):
+        pass
+    return record
+
+
+def test_record_holds_the_models_own_probabilities(runs):
+    """See inside must show what the model thought, not what temperature and top-k made of it."""
+    greedy, wild = written(runs, temperature=0.0), written(runs, temperature=2.0, top_k=1)
+    assert [t.others for t in greedy.tokens] == [t.others for t in wild.tokens]  # the same text, so the same thoughts
+    for token in greedy.tokens:
+        assert token.p == pytest.approx(token.others[0][1])  # greedy takes the first choice
+        assert [p for _, p in token.others] == sorted((p for _, p in token.others), reverse=True)
+        assert sum(p for _, p in token.others) < 1
+    hot = written(runs, temperature=2.0)
+    assert any(token.p < token.others[0][1] for token in hot.tokens)  # the comparison can fail
+
+
+def test_why_it_stopped(runs, monkeypatch):
+    """A text that ends early leaves a beginner guessing whether something broke."""
+
+    def ends_after(n):
+        return lambda model, ids, **s: ((torch.tensor([i]), torch.zeros(1, 512)) for i in range(300, 300 + n))
+
+    monkeypatch.setattr(app, "generate", ends_after(4))
+    assert written(runs, max_new_tokens=10).why == "the model ended the text"
+    monkeypatch.setattr(app, "generate", ends_after(10))
+    assert written(runs, max_new_tokens=10).why == "it reached the length that was set"
+
+
+def test_stopped_record_makes_no_more_tokens(runs):
+    """The Stop button sets this flag; the writer must look at it before each token."""
+    models, record = app.Models(str(runs / "out/a"), "cpu", None), app.Record()
+    numbers = {key: knob[2] for key, knob in app.KNOBS.items()} | dict(seed=5)
+    for n, _ in enumerate(app.write(models, record, models.given, False, "MARA:", **numbers), 1):
+        record.stopped = n == 3
+    assert len(record.tokens) == 3
+    assert record.why == "you stopped it"
+
+
+def test_text_of_others_is_escaped(runs):
+    """A prompt, a model's text or a log that holds HTML must be shown, not run."""
+    record = written(runs, prompt="<script>alert(1)</script>")
+    record.tokens[0].text = record.tokens[0].others[0] = "<img src=x onerror=alert(2)>"
+    record.tokens[0].others[0] = ("<img src=x onerror='alert(3)'>\"", 0.5)
+    for shown in (app.page(record), app.inside(record), app.summary(record), app.bad("<i>no</i>")):
+        for tag in ("<script", "<img", "<i>"):
+            assert tag not in shown
+    assert "&lt;script" in app.page(record)
+    assert app.page(record).count('"') % 2 == app.inside(record).count('"') % 2 == 0  # no attribute was broken out of
+
+
+def test_model_card_is_read_from_the_files(runs):
+    """Nothing on the Model tab is written by hand: other files, other numbers."""
+    models = app.Models(str(runs / "out/a"), "cpu", None)
+    line, card = app.facts(models, models.given, False)
+    model, _ = load(runs / "out/a")
+    assert f"{model.num_parameters()['total']:,}" in card
+    assert "step 200" in line and "1.500 bits per byte" in line and "1.500 bits per byte" in card
+
+
+def test_training_reads_a_log_that_is_being_written(runs, tmp_path):
+    """The last line may be half there, a loss may be NaN, and neither may empty the page."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "out" / "a", folder)
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as f:
+        f.write('{"step": 300, "loss": NaN, "lr": 0.1}\n[1]\n{"step": 310, "lo')
+    line, loss, lr, rate, samples = app.training(str(folder))
+    assert "best at step 200" in line and "step 300" in line
+    assert loss.groupby("curve").size().to_dict() == {"training": 30, "validation": 4, "best": 2}
+    assert set(loss[loss.curve == "best"].step) == {200}
+    assert lr["learning rate"].iloc[-1] == 0.1
+    assert len(rate) == 30
+    assert samples.count("<dt>") == 2 and "&lt;b&gt;MARA" in samples and "<b>" not in samples
+
+
+def test_long_curves_are_thinned():
+    """A million log lines must not be sent to every open page every three seconds."""
+    rows = [dict(step=i, loss=1.0) for i in range(100_001)]
+    points = app.curve(rows, "loss", "training")
+    assert 400 <= len(points) <= 802
+    assert points[0][0] == 0 and points[-1][0] == 100_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# serving
+
+
+def test_import_has_no_side_effects():
+    """`import app` must not load a model, open a port or look up a host."""
+    code = (
+        "import socket, threading\n"
+        "def no(*a, **k): raise SystemExit('touched the network')\n"
+        "socket.socket.bind = socket.socket.connect = socket.getaddrinfo = no\n"
+        "import app, model\n"
+        "assert threading.active_count() == 1, threading.enumerate()\n"
+        "print('clean')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "clean", done.stderr
+
+
+def test_launch_is_local_and_closed():
+    """The defaults must be safe for someone who reads none of this."""
+    a = app.launch_arguments(app.Settings())
+    assert (a["server_name"], a["server_port"], a["share"], a["auth"]) == ("127.0.0.1", 7860, False, None)
+    assert not (a["allowed_paths"] or a["run_history"] or a["enable_monitoring"] or a["mcp_server"] or a["ssr_mode"])
+    for s in (dict(share=True), dict(auth="ada"), dict(auth=":x"), dict(auth="ada:"), dict(share=True, auth="ada:")):
+        with pytest.raises(UserError, match="--auth=user:password"):
+            app.launch_arguments(app.Settings(**s))
+    a = app.launch_arguments(app.Settings(share=True, auth="ada:with:colon"))
+    assert a["share"] is True and a["auth"] == ("ada", "with:colon")
+
+
+def test_no_file_can_be_read(runs, monkeypatch):
+    """Neither a path in the address nor an environment variable opens the disk."""
+    monkeypatch.setenv("GRADIO_ALLOWED_PATHS", str(runs))
+    secret = runs / "out" / "a" / "config.json"
+    with serving(runs) as (url, demo, _):
+        assert demo.analytics_enabled is False
+        for path in (secret, "/etc/passwd", "out/a/config.json"):
+            assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
+        upload = httpx.post(f"{url}gradio_api/upload", files=dict(files=("x.txt", b"x" * 5000)))
+        assert upload.status_code == 413
+    with serving(runs, blocked_paths=[]) as (url, _, _):  # the check above can fail
+        assert httpx.get(f"{url}gradio_api/file={secret}").status_code == 200
+
+
+def test_login(runs):
+    """--auth must close the API as well as the page."""
+    with serving(runs, auth=("ada", "secret")) as (url, _, _):
+        assert httpx.get(f"{url}config").status_code == 401
+        body = dict(prompt="MARA:")
+        assert httpx.post(f"{url}gradio_api/call/v2/generate", json=body).status_code == 401
+        assert ask(Client(url, auth=("ada", "secret"), verbose=False), n=10).result()
+
+
+def test_only_generate_is_public(client):
+    """The page's own events are no API: what programs may call is one documented endpoint."""
+    named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert list(named) == ["/generate"]
+    assert [p["parameter_name"] for p in named["/generate"]["parameters"]] == ["prompt", *app.KNOBS, "model", "int8"]
+    defaults = {p["parameter_name"]: p["parameter_default"] for p in named["/generate"]["parameters"][1:8]}
+    assert defaults == {key: knob[2] for key, knob in app.KNOBS.items()}
+
+
+def test_a_taken_port_is_said_so(tmp_path):
+    """The usual mistake is a second playground; it must name the way out and not move to another port unasked."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run_script("app.py", f"--port={port}", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"port {port} is taken" in done.stderr and f"--port={port + 1}" in done.stderr
+
+
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """A mistake ends with its remedy, and nothing is served: least of all another model than the one that was named."""
+    make_run(tmp_path / "out" / "good")
+    bad = make_run(tmp_path / "bad")
+    (bad / "tokenizer.json").write_text(json.dumps({"not": "a tokenizer"}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gr.Blocks, "launch", lambda *a, **k: pytest.fail("it was served"))
+    for flag, said in (
+        ("--model=out/nothing", "no such directory"),
+        (f"--model={bad}", "tokenizer.json"),
+        ("--share=true", "--auth=user:password"),
+        ("--device=abacus", "--device=abacus"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["app.py", flag])
+        with pytest.raises(SystemExit) as end:
+            guard(app.main, ModelError)
+        assert end.value.code == 1
+        assert said in capsys.readouterr().err
