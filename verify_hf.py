@@ -1,0 +1,501 @@
+"""
+The same weights in transformers and here: do they agree, and how closely? One table; the exit code is 1 if a row fails.
+
+    python verify_hf.py                                             # random weights in the 135M shape, offline
+    python verify_hf.py --model=out/tiny_shakespeare                # a trained run, or any SmolLM2 directory
+    python verify_hf.py --model=HuggingFaceTB/SmolLM2-360M --context=2048
+
+Without --model, transformers builds a random LlamaForCausalLM of a released shape and saves it to a temporary
+directory; from there on it is a model directory like any other. Both sides load the same files, in fp32. Two right
+implementations still differ in the last digits, since they add the same numbers in another order. How much is
+normal is measured first: transformers' two attentions, "eager" (the textbook formula) and "sdpa" (PyTorch's fused
+kernel), are compared with each other.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from config import UserError, guard, override
+from model import PRESETS, KVCache, ModelError, SmolLM2, SmolLM2Config, hf_name, read_tensors, rotate
+from sample import find, generate, load, pick_device, read_tokenizer
+
+
+@dataclass
+class Settings:
+    model: str = ""  # model directory or hub id; empty: random weights, made on the spot
+    shape: str = "135M"  # which released shape the random weights take: 135M, 360M or 1.7B
+    seed: int | None = None  # of the random weights and of the tokens; none draws a new one, which is printed
+    context: int = 8192  # compare up to this many positions, or the model's own context if that is less
+    device: str = "cpu"  # where both sides run: cpu, cuda, mps, or auto
+
+
+FP32 = 5e-5  # largest difference of a logit, fp32 against fp32, over 30 layers; doubles what two right ones show below
+PART = 5e-6  # the same for one part alone, in units of its largest output
+GRADIENT = 1e-4  # the same for a gradient, in units of the parameter's largest
+BF16 = 1.5  # our rounding error in bf16, in units of transformers' own
+INT8 = 0.15  # rms error of int8 logits, in units of their rms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the table
+
+
+@dataclass
+class Row:
+    name: str
+    cells: tuple = ()  # up to four, under the columns of their section
+    ok: bool | None = None  # None: reported, not judged
+    note: str = ""  # a line below the row
+
+
+def difference(name: str, theirs, ours, allowed: float | None) -> Row:
+    """A row of largest difference, mean difference and agreement of the argmax, for logits (..., V). NaN fails."""
+    d = (theirs.float() - ours.float()).abs()
+    same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item()
+    cells = (f"{d.max():.1e}", f"{d.mean():.1e}", f"{same:.2%}", "" if allowed is None else f"{allowed:.1e}")
+    return Row(name, cells, None if allowed is None else bool(d.max() <= allowed))
+
+
+def print_section(title: str, columns: tuple, rows: Iterator[Row]) -> list[Row]:
+    """Print each row the moment it is known."""
+
+    def line(name, cells, result=""):
+        cells = [str(c) for c in cells] + [""] * (4 - len(cells))
+        print((f"{name:<52}" + "".join(f"{c:>13}" for c in cells) + f"{result:>6}").rstrip(), flush=True)
+
+    print()
+    line(title, columns)
+    done = []
+    for row in rows:
+        line("  " + row.name, row.cells, {True: "ok", False: "FAIL", None: "-"}[row.ok])
+        if row.note:
+            print("    " + row.note, flush=True)
+        done.append(row)
+    return done
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the two sides
+
+
+def save_random_model(path, shape: str, seed: int):
+    """A LlamaForCausalLM of a released shape with random weights, built and written by transformers."""
+    preset = PRESETS[shape].to_dict(torch.float32)
+    known = {k: v for k, v in preset.items() if k not in ("architectures", "dtype", "torch_dtype", "rope_theta")}
+    # wide enough that attention has something to choose between: under a nearly uniform one its mistakes hide
+    config = LlamaConfig(**known | {"initializer_range": preset["hidden_size"] ** -0.5})
+    torch.manual_seed(seed)
+    hf = LlamaForCausalLM(config)
+    for p in hf.parameters():
+        if p.dim() == 1:  # norm weights are made as ones, which no mistake with them would change
+            torch.nn.init.normal_(p, 1.0, 0.1)
+    hf.save_pretrained(path)
+
+
+def load_original(path, dtype=torch.float32, device="cpu") -> tuple[LlamaForCausalLM, list[str]]:
+    """transformers' side, and what it found wrong with the tensors: a warning there, a failed row here."""
+    hf, found = LlamaForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="eager", local_files_only=True, output_loading_info=True
+    )
+    assert hf.dtype == dtype, f"transformers loaded {hf.dtype}, asked for {dtype}"
+    # generation_config.json may bring sampling settings or an end token: greedy decoding here wants neither
+    hf.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return hf.to(device).eval(), [f"{kind}: {name}" for kind, names in found.items() for name in sorted(names)]
+
+
+def token_ids(model, B: int, T: int, seed: int):
+    """Random ids (B, T). Nothing in the arithmetic depends on whether they make sense."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (B, T), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def hf_logits(hf, ids, attention: str = "eager", keep=0):
+    hf.set_attn_implementation(attention)
+    return hf(ids, use_cache=False, logits_to_keep=keep).logits
+
+
+@torch.no_grad()
+def cached_logits(model, ids, sizes, keep: int = 0):
+    """Logits of ids (B, T), read through a KV cache in pieces of these sizes; keep=1: of the last of each piece."""
+    cache, out, start = KVCache(model.config, len(ids), model.device, model.dtype), [], 0
+    for size in sizes:
+        out.append(model(ids[:, start : start + size], cache=cache, start=start, logits_to_keep=keep)[0])
+        start += size
+    return torch.cat(out, dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the checks: each yields rows as it gets them
+
+
+def architecture(hf, model) -> Iterator[Row]:
+    """Every setting as each side understood it, and every tensor."""
+    rope = hf.config.rope_parameters
+    for f in fields(SmolLM2Config):
+        theirs = rope["rope_theta"] if f.name == "rope_theta" else getattr(hf.config, f.name)
+        ours = getattr(model.config, f.name)
+        yield Row(f.name, (theirs, ours), theirs == ours)
+    theirs = (hf.config.hidden_act, hf.config.attention_bias, hf.config.mlp_bias, rope["rope_type"])
+    for name, value, only in zip(("hidden_act", "attention_bias", "mlp_bias", "rope_type"), theirs,
+                                 ("silu", False, False, "default")):  # fmt: skip
+        yield Row(name, (value, only), value == only)
+    theirs, ours = hf.num_parameters(), model.num_parameters()["total"]
+    yield Row("parameters", (f"{theirs:,}", f"{ours:,}"), theirs == ours)
+
+
+def weights(hf, model, loading: list[str], path) -> Iterator[Row]:
+    """transformers only warns of a tensor it did not find, and goes on with random numbers; so names are compared."""
+    yield Row("tensors missing, unexpected or misshapen", (len(loading), 0), not loading, "; ".join(loading[:3]))
+    theirs, ours = dict(hf.named_parameters()), {hf_name(n): p for n, p in model.named_parameters()}
+    stored = set(read_tensors(path)) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+    odd = (set(theirs) ^ set(ours)) | (stored ^ set(ours))
+    yield Row("tensors, by name", (len(theirs), len(ours)), not odd, ", ".join(sorted(odd)[:3]))
+    unequal = [n for n, p in ours.items() if n not in theirs or not torch.equal(p, theirs[n])]
+    yield Row("of these bit-equal", (len(theirs), len(ours) - len(unequal)), not unequal, ", ".join(unequal[:3]))
+
+
+@torch.no_grad()
+def parts(hf, model, seed: int) -> Iterator[Row]:
+    """Each kind of part in every layer, on the input it gets there; the row is the layer that agrees least."""
+    T, context = min(64, model.config.max_position_embeddings), model.config.max_position_embeddings
+    x = hf.model.embed_tokens(token_ids(model, 2, T, seed))  # (B, T, C)
+    every = torch.arange(context, device=x.device)[None]
+    theirs = torch.stack(hf.model.rotary_emb(x, every))[:, 0]  # cos and sin, (2, S, D)
+    ours = torch.stack((model.rotary.cos, model.rotary.sin))
+    worst = {f"RoPE tables, positions 0 to {context - 1}": measure(theirs, ours)}
+
+    last = slice(context - T, context)  # the deepest positions there are, where a wrong base would tell
+    cos, sin = theirs[:, last]
+    our_cos, our_sin = ours[:, last]
+    causal = torch.full((T, T), -torch.inf, device=x.device).triu(1)[None, None]
+    hf.set_attn_implementation("eager")
+    for theirs, ours in zip(hf.model.layers, model.layers):
+        config = model.config
+        normed = theirs.input_layernorm(x)
+        q = theirs.self_attn.q_proj(normed).view(2, T, config.num_attention_heads, -1).transpose(1, 2)
+        middle = theirs.post_attention_layernorm(x)
+        pairs = {
+            "RMSNorm": (normed, ours.input_layernorm(x)),
+            "RoPE": (apply_rotary_pos_emb(q, q, cos[None], sin[None])[0], rotate(q, our_cos, our_sin)),
+            "attention": (
+                theirs.self_attn(normed, position_embeddings=(cos[None], sin[None]), attention_mask=causal)[0],
+                ours.self_attn(normed, our_cos, our_sin),
+            ),
+            "MLP": (theirs.mlp(middle), ours.mlp(middle)),
+        }
+        after = theirs(x, attention_mask=causal, position_embeddings=(cos[None], sin[None]))
+        pairs["block"] = (after, ours(x, our_cos, our_sin))
+        for name, pair in pairs.items():
+            worst[name] = max(worst.get(name, (0.0, 0.0)), measure(*pair), key=lambda m: m[1])
+        x = after
+    worst["last RMSNorm"] = measure(hf.model.norm(x), model.norm(x))
+    for name, (largest, relative) in worst.items():
+        yield Row(name, (f"{largest:.1e}", f"{relative:.1e}", f"{PART:.0e}"), relative <= PART)
+
+
+def measure(theirs, ours) -> tuple[float, float]:
+    """The largest difference, and the same in units of the largest value. NaN counts as infinitely wrong."""
+    largest = (theirs - ours).abs().max().nan_to_num(torch.inf).item()
+    return largest, largest / theirs.abs().max().item()
+
+
+def logits(hf, model, allowed: float, normal: Row, ids) -> Iterator[Row]:
+    yield normal
+    for batch in (ids[:1], ids):
+        B, T = batch.shape
+        with torch.no_grad():
+            yield difference(f"{B} x {T} positions, against eager", hf_logits(hf, batch), model(batch)[0], allowed)
+
+
+def far_logits(hf, model, allowed: float, context: int, seed: int) -> Iterator[Row]:
+    """One row of `context` tokens through every layer: transformers in one pass, ours through the cache in pieces."""
+    ids = token_ids(model, 1, context, seed)
+    near = min(2048, context)
+    positions = torch.tensor([0, 1, near - 1, context - 1], device=ids.device)
+    theirs = hf_logits(hf, ids, "sdpa", positions)
+    first = cached_logits(model, ids[:, :near], (1, 1, near - 2), keep=1)
+    names = "position 0, alone", "position 1, alone", f"position {near - 1}, end of a chunk of {near - 2}"
+    for i, name in enumerate(names):
+        yield difference(name, theirs[:, i], first[:, i], allowed)
+    last = cached_logits(model, ids, (context - 1, 1), keep=1)[:, -1]
+    yield difference(f"position {context - 1}, alone after a prefill", theirs[:, 3], last, allowed)
+
+
+def gradients(hf, model, ids) -> Iterator[Row]:
+    """Loss and the gradient of every parameter, some targets masked; both of our ways to the loss."""
+    labels = ids.clone()
+    labels[0, :5] = -100
+    hf.set_attn_implementation("eager")
+    theirs = hf(ids, labels=labels, use_cache=False).loss
+    theirs.backward()
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # transformers shifts its labels itself
+    for name, keep in (("from the logits", 0), ("in pieces", -1)):
+        ours = model(ids, targets, logits_to_keep=keep)[1]
+        d = abs(theirs.item() - ours.item())
+        cells = f"{theirs.item():.6f}", f"{ours.item():.6f}", f"{d:.1e}", f"{FP32 / 5:.0e}"
+        yield Row(f"loss, {name}", cells, d <= FP32 / 5)
+        found = {}
+
+        def take(parameter, name, found=found):  # compared and dropped as it arrives: memory for one set, not two
+            reference = hf.get_parameter(hf_name(name)).grad
+            found[name] = measure(reference, parameter.grad) if reference.any() else (0.0, 0.0)
+            parameter.grad = None
+
+        hooks = [p.register_post_accumulate_grad_hook(partial(take, name=n)) for n, p in model.named_parameters()]
+        ours.backward()
+        for hook in hooks:
+            hook.remove()
+        expected = [n for n, _ in model.named_parameters()]
+        lost = [n for n in expected if n not in found]
+        worst = max(found, key=lambda n: found[n][1])
+        cells = len(expected), len(found), f"{found[worst][1]:.1e}", f"{GRADIENT:.0e}"
+        ok = not lost and found[worst][1] <= GRADIENT
+        yield Row("gradient of every parameter, worst of its largest", cells, ok, "" if ok else (lost or [worst])[0])
+    hf.zero_grad()
+
+
+@torch.no_grad()
+def cache(model, allowed: float, ids) -> Iterator[Row]:
+    """Ours with a cache against ours without."""
+    whole = model(ids)[0]
+    T = ids.size(1)
+    ways = {"one prefill": (T,), "chunks of 5, 7, 1 and the rest": (5, 7, 1, T - 13), "token by token": (1,) * T}
+    for name, sizes in ways.items():
+        yield difference(f"{name}, {len(ids)} x {T} positions", whole, cached_logits(model, ids, sizes), allowed)
+
+    # the same weights under a context so short that a few tokens run over it
+    short = min(32, model.config.max_position_embeddings)
+    with torch.device("meta"):
+        brief = SmolLM2(replace(model.config, max_position_embeddings=short))
+    brief.load_state_dict(model.state_dict(), assign=True)
+    brief.rotary.reset(model.device)
+    for T in (short // 2, short - 1, short, short + 1, 2 * short + 6):
+        prompt = ids.flatten()[:T]
+        steps = list(generate(brief, prompt, 20, temperature=0, stop_ids=[], with_logits=True))
+        new, seen = [int(i) for i, _ in steps], torch.cat([x for _, x in steps])
+        whole, expected = without_cache(brief, prompt, 20)
+        row = difference(f"a context of {short}, prompt of {T}, 20 tokens", whole, seen, allowed)
+        yield replace(row, ok=row.ok and new == expected)
+
+
+def without_cache(model, prompt, count: int):
+    """What generate() documents, with a full pass for each token: logits (count, V) and the greedy ids."""
+    context = model.config.max_position_embeddings
+    window, out = prompt[-context:], []
+    for _ in range(count):
+        out.append(model(window[None], logits_to_keep=1)[0][0])
+        if len(window) == context:  # full: the newer half stays
+            window = window[-(context // 2) :]
+        window = torch.cat((window, out[-1].argmax(-1)))
+    out = torch.cat(out)
+    return out, out.argmax(-1).tolist()
+
+
+def greedy(hf, model, ids) -> Iterator[Row]:
+    T = ids.size(1)
+    count = min(64, model.config.max_position_embeddings - T)  # beyond its context transformers just goes on
+    hf.set_attn_implementation("eager")
+    mask = torch.ones_like(ids)
+    theirs = hf.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)[:, T:]
+    steps = list(generate(model, ids, count, temperature=0, stop_ids=[], with_logits=True))
+    ours = torch.stack([i for i, _ in steps], dim=1)
+    best = torch.stack([x for _, x in steps]).topk(2).values  # how near the choice between the first two ever was
+    same = int((theirs == ours).sum()) if theirs.shape == ours.shape else 0
+    cells = theirs.numel(), same, f"{(best[..., 0] - best[..., 1]).min():.1e}"
+    yield Row(f"{len(ids)} prompts, {count} tokens each", cells, same == theirs.numel() == len(ids) * count)
+
+
+STRINGS = [  # where tokenizers go wrong
+    "Hello, world!", "  two  spaces  ", "a  12", "x\n\n12", "   3", "2024-01-31 0.00001", "1st 22nd 333rd 4444",
+    "\ttabs\tand\r\nreturns\r\n\r\n", "naïve façade Ærøskøbing", "Привет, мир", "你好，世界", "مرحبا ١٢٣", "²³½Ⅷ٣٤",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301", "don't we'll I'VE", "def f(x):\n    return x**2  # é", "http://a.b/c?d=1&e=%20", " ", "",
+]  # fmt: skip
+
+
+def tokenizer(path) -> Iterator[Row]:
+    """Ids of strings that are easy to get wrong. transformers 5 builds some tokenizers from their class instead of
+    from tokenizer.json (GPT2Tokenizer loses its Digits step), so AutoTokenizer is reported and not believed."""
+    file = str(Path(path) / "tokenizer.json")
+    if not Path(file).is_file():
+        yield Row("no tokenizer in this directory")
+        return
+    ours = [read_tokenizer(path).encode(s, add_special_tokens=False).ids for s in STRINGS]
+    plain = Tokenizer.from_file(file)
+    theirs = [plain.encode(s, add_special_tokens=False).ids for s in STRINGS]
+    yield strings_row("against tokenizers", theirs, ours)
+    fast = PreTrainedTokenizerFast(tokenizer_file=file)
+    yield strings_row("against PreTrainedTokenizerFast", encode_hf(fast), ours)
+    try:
+        auto = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # anything at all, over the many files a tokenizer may have there
+        yield Row("against AutoTokenizer", note=f"cannot load it: {str(error).splitlines()[0][:90]}")
+        return
+    row = strings_row(f"against AutoTokenizer, a {type(auto).__name__}", encode_hf(auto), ours)
+    yield row if row.ok else replace(row, ok=None, note=row.note + ": believe tokenizer.json")
+
+
+def encode_hf(tokenizer) -> list[list[int]]:
+    return [tokenizer(s, add_special_tokens=False).input_ids for s in STRINGS]
+
+
+def strings_row(name: str, theirs, ours) -> Row:
+    unequal = [s for s, a, b in zip(STRINGS, theirs, ours) if a != b]
+    note = f"differs on {', '.join(map(repr, unequal[:5]))}" if unequal else ""
+    return Row(name, (len(STRINGS), len(STRINGS) - len(unequal)), not unequal, note)
+
+
+@torch.no_grad()
+def round_trip(hf, model, ids, folder) -> Iterator[Row]:
+    """What save_pretrained writes, read again by both sides: not one bit may change."""
+    model.save_pretrained(folder)
+    again = SmolLM2.from_pretrained(folder, device=model.device)
+    hf_again, loading = load_original(folder, device=model.device)
+    config = hf_again.config
+    same = again.config == model.config and (config.rope_parameters, config.eos_token_id) == (
+        hf.config.rope_parameters, hf.config.eos_token_id,
+    )  # fmt: skip
+    yield Row("config.json", ok=same)
+    sides = (("transformers", hf, hf_again, partial(hf_logits, ids=ids)), ("ours", model, again, None))
+    for name, before, after, _ in sides:
+        a, b = dict(before.named_parameters()), dict(after.named_parameters())
+        equal = sum(torch.equal(p, b[n]) for n, p in a.items() if n in b)
+        clean = not loading or name == "ours"
+        yield Row(f"tensors, {name}", (len(a), equal), a.keys() == b.keys() and equal == len(a) and clean)
+    yield bit_equal("logits, transformers", hf_logits(hf, ids), hf_logits(hf_again, ids))
+    yield bit_equal("logits, ours", model(ids)[0], again(ids)[0])
+
+
+def bit_equal(name: str, before, after) -> Row:
+    return Row(name, (f"{before.numel():,}", f"{int((before == after).sum()):,}"), torch.equal(before, after))
+
+
+@torch.no_grad()
+def precision(path, exact, ids, device) -> Iterator[Row]:
+    """Rounding to bf16 or int8 moves the logits far more than any row above: here is how far is normal. bf16 is
+    measured by transformers' own error against fp32; int8, which it has no equal of, by the size of the logits."""
+
+    def error(x):  # rms error of logits in units of their rms
+        return ((x.float() - exact[:, : x.size(1)]).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()).item()
+
+    hf, _ = load_original(path, torch.bfloat16, device)
+    model = SmolLM2.from_pretrained(path, device=device, dtype=torch.bfloat16)
+    x = hf.model.embed_tokens(ids)  # (B, T, C) bf16
+    x = (x / x.float().std()).to(torch.bfloat16)
+    norm = hf.model.norm
+    weight, wide = norm.weight.double(), x.double()
+    true = wide / (wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * weight
+    theirs, ours = ((y.double() - true).abs().mean().item() for y in (norm(x), model.norm(x)))
+    cells = f"{theirs:.1e}", f"{ours:.1e}", "", f"{1.02 * theirs:.1e}"
+    yield Row("RMSNorm of bf16, mean error", cells, ours <= 1.02 * theirs)
+
+    tables = torch.stack((model.rotary.cos, model.rotary.sin)).float()
+    every = torch.arange(len(model.rotary.cos), device=x.device)[None]
+    off = (tables - torch.stack(hf.model.rotary_emb(tables[0], every))[:, 0]).abs().max().item()
+    yield Row("RoPE tables of a bf16 model, error", ("", f"{off:.1e}", "", f"{PART:.0e}"), off <= PART)
+
+    def agreement(x):
+        return f"{(x.argmax(-1) == exact[:, : x.size(1)].argmax(-1)).float().mean().item():.1%}"
+
+    theirs, x = error(hf_logits(hf, ids)), model(ids)[0]
+    del hf
+    cells = f"{theirs:.2%}", f"{error(x):.2%}", agreement(x), f"{BF16 * theirs:.2%}"
+    yield Row(f"bf16, {ids.size(1)} positions", cells, error(x) <= BF16 * theirs)
+    model.quantize("int8")
+    x = model(ids)[0]
+    yield Row(f"int8, {ids.size(1)} positions", ("", f"{error(x):.2%}", agreement(x), f"{INT8:.2%}"), error(x) <= INT8)
+    x = cached_logits(model, ids, (1,) * 32)
+    yield Row(
+        "int8, token by token, 32 positions", ("", f"{error(x):.2%}", agreement(x), f"{INT8:.2%}"), error(x) <= INT8
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def verify(s: Settings, folder: Path) -> list[Row]:
+    """Print the table and return its rows; `folder` is scratch space for a few copies of the model."""
+    started = time.perf_counter()
+    if s.shape not in PRESETS:
+        raise UserError(f"--shape={s.shape}: expected one of {', '.join(PRESETS)}.")
+    seed = s.seed if s.seed is not None else time.time_ns() % 100_000
+    device = pick_device(s.device)
+    what = s.model or f"random weights in the {s.shape} shape, seed {seed}"
+    print(f"verify_hf: {what}\ntransformers {transformers.__version__}, torch {torch.__version__}, {device}, ", end="")
+    print(f"{torch.get_num_threads()} threads; float32 on both sides unless a row says otherwise", flush=True)
+    if s.model:
+        path = find(s.model)
+    else:
+        path = folder / "random"
+        save_random_model(path, s.shape, seed)
+    if (path / "tokenizer.json").is_file():
+        model, _ = load(path, device, torch.float32)
+    else:  # weights alone can be compared; the tokenizer's row will say that there is none
+        model = SmolLM2.from_pretrained(path, device, torch.float32)
+    hf, loading = load_original(path, device=device)
+    context = min(s.context, model.config.max_position_embeddings)
+    if context < 16:
+        raise UserError(f"a context of {context}: expected at least 16 positions to compare.")
+    ids = token_ids(model, 3, min(256, context), seed)
+    ids_48 = ids[:, :48]
+
+    first, second = hf_logits(hf, ids, "eager"), hf_logits(hf, ids, "sdpa")
+    normal = difference("transformers alone: eager against sdpa", first, second, None)
+    allowed = max(FP32, 2 * (first - second).abs().max().item())
+    del first, second
+
+    rows = []
+
+    def section(title, columns, found):
+        rows.extend(print_section(title, columns, found))
+
+    numbers = "max diff", "mean diff", "same argmax", "allowed"
+    section("architecture", ("original", "ours"), architecture(hf, model))
+    section("weights", ("original", "ours"), weights(hf, model, loading, path))
+    section("each part alone, the worst of all layers", ("max diff", "of largest", "allowed"), parts(hf, model, seed))
+    section("logits", numbers, logits(hf, model, allowed, normal, ids))
+    section(f"logits along {context:,} tokens, cached", numbers, far_logits(hf, model, allowed, context, seed + 1))
+    section("training", ("original", "ours", "diff", "allowed"), gradients(hf, model, ids[:2, :128]))
+    section("KV cache against none", numbers, cache(model, allowed, ids_48))
+    section("greedy text against generate()", ("tokens", "equal", "closest call"), greedy(hf, model, ids[:, : min(17, context // 2)]))
+    section("tokenizer", ("strings", "equal"), tokenizer(path))
+    section("saved and read again", ("before", "bit-equal"), round_trip(hf, model, ids_48, folder / "again"))
+    exact = hf_logits(hf, ids[:1])
+    del hf, model
+    columns = "original", "ours", "same argmax", "allowed"
+    section("fewer bits: error against float32", columns, precision(path, exact, ids[:1], device))
+
+    failed = [row.name for row in rows if row.ok is False]
+    seconds = f"{time.perf_counter() - started:.0f} s"
+    if failed:
+        print(f"\n{len(failed)} of {len(rows)} rows FAIL ({seconds}): " + "; ".join(failed))
+    else:
+        print(f"\nall {sum(row.ok is not None for row in rows)} rows agree ({seconds})")
+    return rows
+
+
+def main():
+    (s,) = override(sys.argv[1:], Settings, doc=__doc__)
+    transformers.logging.set_verbosity_error()  # its warnings are rows here
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="verify_hf_") as folder:
+        rows = verify(s, Path(folder))
+    if any(row.ok is False for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    guard(main, ModelError)
