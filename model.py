@@ -91,8 +91,9 @@ class SmolLM2Config:  # the defaults are SmolLM2-135M
         if "model_type" not in hf:
             wrong.append("model_type is missing (expected 'llama')")
         rope = hf.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            wrong.append(f"rope_type={rope['rope_type']!r} (only 'default' is implemented)")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))  # `type` is its older name, still honoured
+        if rope_type != "default":
+            wrong.append(f"rope_type={rope_type!r} (only 'default' is implemented)")
         # transformers 5 keeps theta in rope_parameters and lets it win, transformers 4 beside the others. A default
         # here would build a wrong model without a word, so a config without theta is refused.
         theta = rope.get("rope_theta", hf.get("rope_theta"))
