@@ -206,6 +206,9 @@ def rotate(x, cos, sin):  # x (B, heads, T, D), cos and sin (T, D) fp32 -> (B, h
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
+BIGGEST_SCORES = 2048 * 2048  # T * S beyond which the plain products would fill the memory with scores
+
+
 def attend(q, k, v, start: int):
     """Causal grouped-query attention: q (B, H, T, D) at positions start .. start+T-1 over k, v (B, K, S, D), the keys
     and values of positions 0 .. S-1, where S = start + T. Returns (B, H, T, D). Position p sees positions <= p.
@@ -216,7 +219,7 @@ def attend(q, k, v, start: int):
       product, so keys and values are never repeated. At these lengths that is four times faster than the fused kernel.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if q.device.type != "cpu" or T * S > 2048 * 2048:
+    if q.device.type != "cpu" or T * S > BIGGEST_SCORES:
         # is_causal masks from the top left, right only when nothing is cached; one query alone may see all keys
         mask = None
         if T > 1 and start > 0:
@@ -565,11 +568,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden.to(ctx.dtypes[0]) * grad, (grad_weight * grad).to(ctx.dtypes[1]), None, None, None
 
 
-def chunked_cross_entropy(x, weight, targets, rows: int = 512):  # (B, T, C), (V, C), (B, T) -> fp32 scalar
+LOSS_ROWS = 512  # tokens per piece
+
+
+def chunked_cross_entropy(x, weight, targets):  # (B, T, C), (V, C), (B, T) -> fp32 scalar
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, rows)
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, LOSS_ROWS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Settings:
     lr_decay_iters: int = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first start
     decay_fraction: float = 0.2  # wsd: how much of the run decays; SmolLM2 took the last fifth
     weight_decay: float = 0.1  # on matrices only; norm weights are left alone
-    beta1: float = 0.9
+    beta1: float = 0.9  # memory of the gradient
     beta2: float = 0.95  # shorter memory than the usual 0.999: steadier where batches are small
     grad_clip: float = 1.0  # largest gradient norm; 0 leaves it as it is
     seed: int = 1337  # of the first weights and the order of the rows
@@ -217,7 +217,7 @@ def peak_flops(device: str, dtype: torch.dtype, given_tflops: float = 0.0) -> tu
     if given_tflops:
         return given_tflops * 1e12, "as given"
     if device == "cpu":
-        a, b = (torch.randn(1024, 1024).to(dtype) for _ in "ab")
+        a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in "ab")
         best, started = math.inf, time.perf_counter()
         while time.perf_counter() - started < 0.3:
             before = time.perf_counter()
@@ -363,6 +363,9 @@ class Log:
             return math.inf  # half a line, from a kill
 
     def write(self, **entry):
+        entry = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
+        }  # JSON has no NaN
         try:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
@@ -413,7 +416,7 @@ def check_settings(s: Settings):
             problems.append(f"--{name}=0: expected at least 1.")
     if s.lr_schedule not in ("cosine", "wsd", "constant"):
         problems.append(f"--lr_schedule={s.lr_schedule}: expected cosine, wsd or constant.")
-    if s.sample_interval % s.eval_interval:
+    if s.eval_interval and s.sample_interval % s.eval_interval:
         problems.append(
             f"--sample_interval={s.sample_interval}: expected a multiple of eval_interval={s.eval_interval}."
         )
@@ -448,7 +451,7 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
     resuming = s.init_from == "resume" or (s.init_from != "scratch" and state_file.is_file())
     facts = {k: meta[k] for k in ("tokenizer_sha256", "source_sha256", "train_tokens", "val_tokens", "vocab_size")}
     progress = dict(step=0, evaluated=-1, best_val_loss=math.inf, best_step=-1, since_best=0, skipped=0, seconds=0.0)
-    progress |= dict(lr_decay_iters=s.lr_decay_iters or s.max_iters, compile=None)
+    progress |= dict(recent_loss=None, lr_decay_iters=s.lr_decay_iters or s.max_iters, compile=None)
     torch.manual_seed(s.seed)
     state = source_dir = None
     if resuming:
@@ -628,7 +631,8 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
         progress["since_best"] = 0 if best else progress["since_best"] + 1
         if best:
             progress["best_val_loss"], progress["best_step"] = loss, step
-        gap = f" | train {recent_loss:.4f} | gap {loss - recent_loss:+.4f}" if recent_loss is not None else ""
+        recent = progress["recent_loss"]
+        gap = f" | train {recent:.4f} | gap {loss - recent:+.4f}" if recent is not None else ""
         say(
             f"eval {step:>6} | val {loss:.4f} | ppl {math.exp(min(loss, 99)):.2f} | {bpb:.4f} bits per byte{gap} | "
             f"{time.perf_counter() - started:.1f} s" + (" | best so far" if best else "")
@@ -636,7 +640,7 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
         if not master:
             return True
         log.write(
-            step=step, val_loss=loss, val_ppl=math.exp(min(loss, 99)), val_bpb=bpb, train_loss=recent_loss, best=best,
+            step=step, val_loss=loss, val_ppl=math.exp(min(loss, 99)), val_bpb=bpb, train_loss=recent, best=best,
             seconds=round(progress["seconds"], 1),
         )  # fmt: skip
         if best:
@@ -661,7 +665,7 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
         return True
 
     # the loop
-    recent_loss, bad_steps, first = None, 0, True
+    bad_steps, first = 0, True
     shown_at, shown_step = time.perf_counter(), progress["step"]
     while True:
         step = progress["step"]
@@ -700,6 +704,8 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
             scaler.step(optimizer)
             scaler.update()
             bad_steps = 0
+            recent = progress["recent_loss"]
+            progress["recent_loss"] = loss if recent is None else 0.9 * recent + 0.1 * loss
         else:
             bad_steps += 1
             progress["skipped"] += 1
@@ -710,34 +716,32 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
                     "checkpoint; go on from it with a lower --learning_rate and --accept_changes=learning_rate."
                 )
         optimizer.zero_grad(set_to_none=True)
+        progress["step"] = step + 1
+        progress["seconds"] += time.perf_counter() - before
         if first:
             progress["compile"] = compiled
             if compiled:
                 say(f"         first step, with compiling: {time.perf_counter() - before:.0f} s")
-            shown_at, shown_step = time.perf_counter(), step + 1
-        first = False
-        recent_loss = loss if recent_loss is None else 0.9 * recent_loss + 0.1 * loss
-        progress["step"] = step + 1
-        progress["seconds"] += time.perf_counter() - before
 
         if (step + 1) % s.log_interval == 0:
-            now = time.perf_counter()
-            each = (now - shown_at) / max(1, step + 1 - shown_step)
-            if step + 1 > shown_step:
-                rate = step_tokens / each
-                mfu = rate * token_flops / (peak * world) if peak else None
-                eta = (s.max_iters - step - 1) * each
-                say(
-                    f"step {step + 1:>6} | loss {loss:.4f} | lr {lr:.2e} | grad {norm:.2f} | {1000 * each:,.0f} ms | "
-                    f"{rate:,.0f} tok/s | mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | "
-                    f"eta {int(eta // 60)}m{int(eta % 60):02d}s"
-                )
-                if master:
-                    log.write(
-                        step=step + 1, tokens=(step + 1) * step_tokens, loss=loss, lr=lr, grad_norm=norm,
-                        tok_per_s=round(rate, 1), mfu=mfu, seconds=round(progress["seconds"], 1),
-                    )  # fmt: skip
-            shown_at, shown_step = now, step + 1
+            # the first step compiles and warms up, so it says nothing about speed; it is left out of the average too
+            each = (time.perf_counter() - shown_at) / (step + 1 - shown_step) if step + 1 > shown_step else None
+            rate = step_tokens / each if each and not first else None
+            mfu = rate * token_flops / (peak * world) if rate and peak else None
+            line = f"step {step + 1:>6} | loss {loss:.4f} | lr {lr:.2e} | grad {norm:.2f}"
+            if rate:
+                eta = int((s.max_iters - step - 1) * each)
+                line += f" | {1000 * each:,.0f} ms | {rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'}"
+                line += f" | eta {eta // 60}m{eta % 60:02d}s"
+            say(line)
+            if master:
+                log.write(
+                    step=step + 1, tokens=(step + 1) * step_tokens, loss=loss, lr=lr, grad_norm=norm,
+                    tok_per_s=rate and round(rate, 1), mfu=mfu and round(mfu, 4), seconds=round(progress["seconds"], 1),
+                )  # fmt: skip
+        if first or (step + 1) % s.log_interval == 0:
+            shown_at, shown_step = time.perf_counter(), step + 1
+        first = False
         if stopping:
             break
     save()

@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, run_script, save_hf_directory, tiny_hf
-from trained import PLAY, copy_of_run, trained_run
+from trained import PLAY, copy_of_run
 
 from config import UserError
 from model import ModelError, read_json, write_json
@@ -283,18 +284,18 @@ def test_command_prints_what_to_do_next(directory):
 
 def test_memory_stays_near_the_models_size(tmp_path):
     """Writing f32 from a bf16 model, whose output alone is twice the model: at most 1.3 times the model in memory."""
-    pytest.importorskip("resource", reason="peak memory is read with the resource module, which Windows lacks")
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc, which only Linux has")
     hf = tiny_hf(hidden_size=768, head_dim=128, intermediate_size=2048, num_hidden_layers=6, vocab_size=16384)
     directory = save_hf_directory(tmp_path / "big", hf.to(torch.bfloat16))
     size = (directory / "model.safetensors").stat().st_size
     assert size > 90e6, "too small a model to tell it from the interpreter's own memory"
     del hf
     code = f"""
-import resource, sys, json
+import json, re, sys
 sys.path.insert(0, {str(ROOT)!r})
 import export_gguf, gguf
-unit = 1 if sys.platform == "darwin" else 1024
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+peak = lambda: 1024 * int(re.search("VmHWM:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1])
 before = peak()
 export_gguf.export({str(directory)!r}, sys.argv[1])
 print(json.dumps(peak() - before))
@@ -396,7 +397,7 @@ def test_llamacpp_writes_the_same_text(tmp_path, llama, monkeypatch, case):
         directory = save_hf_directory(tmp_path / "tiny", tiny_hf(**SHAPE, tie_word_embeddings=case == "tied"))
     model, tokenizer = load(directory)
     expected = [ours(model, ids, 24) for ids in prompts(tokenizer)]
-    assert all(len(set(ids)) > 5 for ids in expected), "the model's text is too dull to tell models apart"
+    assert all(len(set(ids)) > 4 for ids in expected), "the model's text is too dull to tell models apart"
     text = tokenizer.encode(PLAY.read_text(encoding="utf-8")[2000:]).ids[:50]
     with torch.no_grad():
         odds = model(torch.tensor([text]))[0][0].log_softmax(-1)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
@@ -490,12 +491,16 @@ def test_q8_0_costs_next_to_nothing(tmp_path, llama, capsys):
     assert bits_per_byte(llama(export(rough, "f32")), model, tokenizer, text) - bpb["f32"] > 0.005
 
 
-def test_trained_run_exports_in_every_type(tmp_path, llama):
-    """What a user does: train, export, run. Each type loads, and goes on from a prompt as our model does."""
+def test_llamacpp_runs_every_type(tmp_path, llama):
+    """What a user does: train, export, run. Each type loads, and the log-probabilities are ours up to its rounding,
+    which must show for the three that round."""
     directory = copy_of_run(tmp_path / "run")
     model, tokenizer = load(directory)
-    prompt = tokenizer.encode("Enter the").ids
-    for outtype in TYPES:
+    ids = tokenizer.encode(PLAY.read_text(encoding="utf-8")[3000:]).ids[:40]
+    with torch.no_grad():
+        odds = model(torch.tensor([ids]))[0][0].log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    for outtype, (least, most) in dict(f32=(0, 1e-5), f16=(1e-5, 0.02), bf16=(1e-4, 0.1), q8_0=(1e-4, 0.1)).items():
         client = llama(export(directory, outtype))
-        assert client.greedy(prompt, 3) == ours(model, prompt, 3), outtype
-    assert trained_run().is_dir()
+        theirs = client.log_probabilities(ids, model.config.vocab_size, tokenizer.token_to_id("a"))
+        error = float((torch.tensor(theirs) - odds).abs().max())
+        assert least <= error < most, f"{outtype}: off by {error:.1e} nats"

@@ -1,0 +1,23 @@
+# The full SmolLM2-135M shape on Shakespeare: 30 layers, 576 wide, 9 query and 3 key/value heads, vocabulary 5,000.
+#   python train.py config/smol_shakespeare.py                                  about 20 minutes on two CPU cores
+#   python train.py config/smol_shakespeare.py --micro_batch_size=64 --global_batch_size=64     on a GPU
+# 109 million parameters are far too many for a megabyte of text: within a few epochs the model learns it by heart, and
+# the best validation loss comes early. That is the lesson here; config/tiny_shakespeare.py is the better model.
+out_dir = "out/smol_shakespeare"
+dataset = "shakespeare"
+vocab_size = 5000
+
+block_size = 256
+global_batch_size = 4  # 1,024 tokens a step: few steps fit into 20 minutes, so they must be small
+micro_batch_size = 4
+max_iters = 900  # about 3 epochs of Tiny Shakespeare's 299,442 tokens
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_iters = 60
+weight_decay = 0.1
+
+eval_interval = 150
+eval_rows = 64  # of 146: enough to compare, 20 seconds instead of 40
+log_interval = 10
+sample_interval = 300
+patience = 3

@@ -1,0 +1,364 @@
+"""The playground in a real browser: what a visitor sees and presses, that nothing leaves the machine, and that Stop and
+a closed tab end the computation."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("gradio", reason="the playground wants gradio: pip install -r requirements.txt")
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt brings playwright")
+
+from playground import SlowGenerate, make_run, serving  # noqa: E402
+
+import app  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("browser")
+    make_run(root / "out" / "b", seed=1)
+    make_run(root / "out" / "a", seed=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(root):
+    with serving(root) as (url, _, _):
+        yield url
+
+
+class Watched:
+    """What a page says on its console and whom it asks for what."""
+
+    def __init__(self, page):
+        self.errors, self.requests = [], []
+        page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on(
+            "requestfailed", lambda r: self.errors.append(f"failed: {r.url}") if "font" in r.resource_type else None
+        )
+
+    def outside(self, url):
+        return [r for r in self.requests if not r.startswith((url, "data:", "blob:"))]
+
+
+@pytest.fixture
+def visit(browser, url):
+    """visit() opens the page in a window of its own, ready to be used; visit.watched is what it said and asked for."""
+    contexts = []
+
+    def visit(width=1180, height=860, scheme="light", address=url):
+        contexts.append(browser.new_context(viewport=dict(width=width, height=height), color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        visit.watched = Watched(page)
+        page.goto(address)
+        page.locator("#prompt textarea").wait_for()
+        page.locator(".status").first.wait_for()
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    def start(pause):
+        stand_in = SlowGenerate(pause)
+        monkeypatch.setattr(app, "generate", stand_in)
+        return stand_in
+
+    return start
+
+
+def send(page, text="MARA:", box="#prompt"):
+    page.locator(f"{box} textarea").fill(text)
+    page.locator(f"{box} textarea").press("Enter")
+
+
+def finished(page, why="stopped: ", count=1):
+    page.wait_for_function("([why, n]) => document.body.innerText.split(why).length > n", arg=[why, count])
+
+
+def open_tab(page, name):
+    page.get_by_role("tab", name=name).click()
+
+
+def test_write_and_look_inside(visit, url):
+    """The way of every first visitor: type, Enter, read, and see what else the model had in mind."""
+    page = visit()
+    send(page)
+    finished(page)
+    assert page.locator("#text .prompt").inner_text() == "MARA:"
+    assert page.locator("#text .wrote").inner_text().strip()
+    facts = page.locator(".facts").first.inner_text()
+    assert re.search(r"\d+ tokens · \d+ tokens per second · first token after [\d.]+ s · seed \d+ · stopped: ", facts)
+    n = int(facts.split()[0])
+    open_tab(page, "See inside")
+    tokens = page.locator("#inside [data-t]")
+    assert tokens.count() == n
+    tokens.nth(0).click()
+    first = page.locator("#inside .odds").inner_text()
+    assert "The model gave this token" in first
+    assert page.locator("#inside .odds div").count() == 6
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#inside .odds").inner_text() != first
+    assert page.locator("#inside .t.here").count() == 1
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#inside .odds").inner_text() == first
+    assert visit.watched.errors == []
+    assert visit.watched.outside(url) == []
+
+
+def test_nothing_is_asked_of_other_hosts(visit, url):
+    """Fonts, scripts, analytics: every tab, and the page about the API, come from this machine alone."""
+    page = visit()
+    for name in ("See inside", "Compare", "Training", "Model", "Write"):
+        open_tab(page, name)
+    page.get_by_role("button", name="Use via API").click()
+    page.get_by_text("/generate").first.wait_for()
+    page.wait_for_timeout(500)
+    assert len(visit.watched.requests) > 10
+    assert visit.watched.outside(url) == []
+    assert visit.watched.errors == []
+    page.evaluate("fetch('http://localhost:9/x').catch(() => 0)")  # the check can fail
+    page.wait_for_timeout(100)
+    assert visit.watched.outside(url) == ["http://localhost:9/x"]
+
+
+def test_text_streams(visit, slow):
+    """The text must grow while it is made, or a slow model looks like a broken one."""
+    counted = slow(0.05)
+    page = visit()
+    send(page)
+    wrote, seen = page.locator("#text .wrote"), set()
+    for tokens in (5, 10, 15):
+        counted.wait_for(tokens)
+        seen.add(wrote.text_content())
+    assert len(seen) == 3
+    page.get_by_role("button", name="Stop").first.click()
+    finished(page)
+
+
+def test_stop_ends_the_computation_within_two_tokens(visit, slow):
+    """Stop must stop the machine, keep the text, say so, and leave a page that works."""
+    counted = slow(0.15)
+    page = visit()
+    send(page)
+    counted.wait_for(4)
+    page.get_by_role("button", name="Stop").first.click()
+    finished(page, "stopped: you stopped it")
+    at = counted.tokens
+    assert counted.ended.wait(3), "the generator was never closed"
+    assert counted.tokens <= at + 2
+    assert int(page.locator(".facts").first.inner_text().split()[0]) in range(4, counted.tokens + 1)
+    page.wait_for_timeout(600)
+    assert counted.tokens <= at + 2
+    counted.pause = 0
+    send(page, "The Duke")
+    finished(page, "stopped: it reached the length")
+    assert page.locator("#text .prompt").inner_text() == "The Duke"
+
+
+def test_a_closed_tab_ends_the_computation_within_two_tokens(visit, slow):
+    """Nobody reads on; the next visitor in the queue should not wait for it."""
+    counted = slow(0.25)
+    page = visit()
+    send(page)
+    counted.wait_for(3)
+    page.close()
+    at = counted.tokens
+    assert counted.ended.wait(5), "it went on for a closed tab"
+    assert counted.tokens <= at + 2
+
+
+def test_a_second_visitor_sees_the_queue(visit, slow):
+    """Waiting without a word looks like a fault; the two texts must not mix either."""
+    counted = slow(0.05)
+    first, second = visit(), visit()
+    send(first, "MARA:")
+    counted.wait_for(2)
+    send(second, "The Duke")
+    second.get_by_text(re.compile(r"queue: \d/\d")).first.wait_for()
+    first.get_by_role("button", name="Stop").first.click()
+    finished(first)
+    counted.pause = 0
+    finished(second)
+    assert first.locator("#text .prompt").inner_text() == "MARA:"
+    assert second.locator("#text .prompt").inner_text() == "The Duke"
+
+
+def test_stop_while_waiting_leaves_the_queue(visit, slow):
+    """Who gives up waiting must not be served later."""
+    counted = slow(0.05)
+    first, second = visit(), visit()
+    send(first)
+    counted.wait_for(2)
+    send(second, "The Duke")
+    second.get_by_text(re.compile(r"queue: \d/\d")).first.wait_for()
+    second.get_by_role("button", name="Stop").first.click()
+    second.wait_for_timeout(300)
+    first.get_by_role("button", name="Stop").first.click()
+    finished(first)
+    assert counted.ended.wait(3)
+    first.wait_for_timeout(400)
+    assert len(counted.calls) == 1
+
+
+def test_clear(visit):
+    """Clear leaves the page as it was at first."""
+    page = visit()
+    send(page)
+    finished(page)
+    page.get_by_role("button", name="Clear").click()
+    page.locator("#text .paper.empty").wait_for()
+    assert page.locator("#prompt textarea").input_value() == ""
+    open_tab(page, "See inside")
+    assert page.locator("#inside [data-t]").count() == 0
+
+
+def test_compare(visit):
+    """Two models, one prompt and seed; different weights, different texts."""
+    page = visit()
+    open_tab(page, "Compare")
+    assert page.get_by_role("combobox", name="Left").input_value() == "out/a"
+    assert page.get_by_role("combobox", name="Right").input_value() == "out/b"
+    send(page, "MARA:", "#both")
+    finished(page, count=2)
+    left, right = (page.locator(".wrote").nth(i).inner_text() for i in (0, 1))
+    assert left and right and left != right
+    seeds = re.findall(r"seed (\d+)", page.locator("body").inner_text())
+    assert len(seeds) == 2 and seeds[0] == seeds[1]
+
+
+def points_of(page):
+    """Points of the drawn loss curves, from the paths of the plot."""
+    paths = page.locator("#loss svg .mark-line path").evaluate_all("ps => ps.map(p => p.getAttribute('d') || '')")
+    return sum(len(re.findall(r"[ML]", d)) for d in paths)
+
+
+def test_training_is_drawn_and_follows_the_run(visit, root, url):
+    """The curves come from log.jsonl, and again when a line is added."""
+    page = visit()
+    open_tab(page, "Training")
+    page.locator("#loss svg .mark-line path").first.wait_for()
+    assert points_of(page) == 30 + 4 + 2  # log lines, evaluations, the mark of the best
+    assert page.get_by_text("best at step 200").is_visible()
+    assert page.locator(".samples dt").all_inner_texts() == ["step 100", "step 200"]
+    assert "<b>MARA</b>" in page.locator(".samples dd").first.inner_text()  # shown, not bold
+    with open(root / "out" / "a" / "log.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(dict(step=400, loss=1.5, lr=1e-4, tok_per_s=900.0)) + "\n")
+    page.get_by_text("step 400").first.wait_for()
+    page.wait_for_timeout(500)
+    assert points_of(page) == 37
+    assert visit.watched.errors == []
+
+
+def test_model_tab_and_choice(visit):
+    """The facts follow the chosen model."""
+    page = visit()
+    open_tab(page, "Model")
+    card = page.locator(".card")
+    assert (
+        "out/a" in card.inner_text() and "float32" in card.inner_text() and "1.500 bits per byte" in card.inner_text()
+    )
+    page.get_by_role("combobox", name="Model").click()
+    page.get_by_role("option", name="out/b").click()
+    page.locator(".card td", has_text="out/b").wait_for()
+    page.get_by_label("int8 weights").check()
+    page.locator(".card td", has_text="int8 on cpu").wait_for()
+
+
+def test_a_new_run_appears_and_a_deleted_one_says_so(visit, root):
+    """The page may be open for days while runs come and go."""
+    page = visit()
+    page.get_by_role("combobox", name="Model").click()
+    assert page.get_by_role("option", name="out/later").count() == 0
+    page.keyboard.press("Escape")
+    make_run(root / "out" / "later", seed=3)
+    page.wait_for_timeout(4000)  # one round of the timer
+    page.get_by_role("combobox", name="Model").click()
+    page.get_by_role("option", name="out/later").click()
+    page.locator(".status", has_text="out/later").wait_for()
+    send(page)
+    finished(page)
+    shutil.rmtree(root / "out" / "later")
+    page.wait_for_timeout(4000)
+    send(page)
+    page.get_by_text("out/later: no such model here (any more). Choose one of").first.wait_for()
+    page.get_by_role("combobox", name="Model").click()
+    page.get_by_role("option", name="out/a").click()
+    send(page, "The Duke")
+    page.locator("#text .prompt", has_text="The Duke").wait_for()  # it goes on working
+
+
+def test_keyboard_only(visit):
+    """Everything on the way to a text can be reached and seen without a mouse."""
+    page = visit()
+    page.wait_for_function("document.activeElement?.tagName === 'TEXTAREA'")
+    page.keyboard.type("MARA:")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("What")
+    assert page.locator("#prompt textarea").input_value() == "MARA:\nWhat"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.innerText") == "Generate"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    finished(page)
+    page.get_by_role("tab", name="Write").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.locator("#inside .paper").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#inside .t.here").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(visit, scheme):
+    """On 360 pixels nothing sticks out, the settings are closed but there, and small print can be read."""
+    page = visit(360, 740, scheme)
+    page.locator(".sidebar:not(.open)").wait_for(state="attached")
+    send(page)
+    finished(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("#text").bounding_box()["width"] > 280
+    page.get_by_label("Toggle Sidebar").click()
+    page.get_by_label("Seed").scroll_into_view_if_needed()
+    contrast = """selector => {
+        const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(x => +x / 255);
+        const light = c => rgb(c).map(x => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+            .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+        let e = document.querySelector(selector), ground = e;
+        while (['rgba(0, 0, 0, 0)', 'transparent'].includes(getComputedStyle(ground).backgroundColor))
+            ground = ground.parentElement;
+        const [a, b] = [light(getComputedStyle(e).color), light(getComputedStyle(ground).backgroundColor)];
+        return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    }"""
+    for selector in (".facts", ".status", "#text .wrote", "#text .prompt", ".sidebar .info-text"):
+        assert page.evaluate(contrast, selector) >= 4.5, selector  # WCAG AA
+
+
+def test_no_model_yet(visit, tmp_path):
+    """A fresh checkout: the page opens and says what to run."""
+    with serving(tmp_path) as (address, _, _):
+        page = visit(address=address)
+        assert "python train.py config/tiny_shakespeare.py" in page.locator(".status").first.inner_text()
+        send(page)
+        page.get_by_text("Make one with: python train.py").nth(1).wait_for()  # the toast, beside the line at the top
+        open_tab(page, "Training")
+        assert "python train.py" in page.locator(".status.bad:visible").last.inner_text()

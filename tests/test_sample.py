@@ -1,0 +1,296 @@
+"""sample.py: each filter against a distribution worked out by hand; generation against the plainest way to do it."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny_hf
+from safetensors.torch import load_file, save_file
+
+import sample
+from config import UserError
+from model import KVCache, ModelError, SmolLM2
+from prepare import train_bpe
+
+P = torch.tensor([[0.4, 0.2, 0.2, 0.1, 0.05, 0.03, 0.02, 0.0, 0.0, 0.0]])  # ten tokens, two of them equally likely
+LOGITS = P.log()
+
+
+def kept(logits):
+    return torch.isfinite(logits)[0].nonzero().flatten().tolist()
+
+
+def test_top_k_keeps_exactly_k_even_among_equals():
+    assert kept(sample.keep_top_k(LOGITS, 1)) == [0]
+    assert len(kept(sample.keep_top_k(LOGITS, 2))) == 2
+    assert kept(sample.keep_top_k(LOGITS, 3)) == [0, 1, 2]
+    assert kept(sample.keep_top_k(LOGITS, 99)) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    assert kept(sample.keep_top_p(LOGITS, 0.39)) == [0]
+    assert kept(sample.keep_top_p(LOGITS, 0.55)) == [0, 1]
+    assert kept(sample.keep_top_p(LOGITS, 0.75)) == [0, 1, 2]
+    assert kept(sample.keep_top_p(LOGITS, 1e-9)) == [0]
+    assert len(kept(sample.keep_top_p(LOGITS, 1.0))) >= 7
+
+
+def test_min_p_is_relative_to_the_likeliest():
+    assert kept(sample.keep_min_p(LOGITS, 0.49)) == [0, 1, 2]
+    assert kept(sample.keep_min_p(LOGITS, 0.24)) == [0, 1, 2, 3]
+    assert kept(sample.keep_min_p(LOGITS, 1.0)) == [0]
+
+
+def test_repetition_penalty_pushes_seen_tokens_down_whatever_their_sign():
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    out = sample.penalize_repetition(logits, torch.tensor([[0, 1, 0]]), 2.0)
+    assert out.tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_temperature_zero_is_greedy_and_one_is_the_models_own_odds():
+    assert sample.next_token(LOGITS, temperature=0).tolist() == [0]
+    generator = torch.Generator().manual_seed(0)
+    many = LOGITS.expand(20000, -1)
+    for temperature, expected in ((1.0, P[0]), (0.5, P[0] ** 2 / (P[0] ** 2).sum())):
+        counts = sample.next_token(many, temperature=temperature, generator=generator).bincount(minlength=10)
+        assert (counts / 20000 - expected).abs().max() < 0.015
+    hot = sample.next_token(many, temperature=1.0, top_k=2, generator=generator).bincount(minlength=10)
+    assert hot[3:].sum() == 0 and (hot > 0).sum() == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(temperature=-1), dict(top_k=0), dict(top_p=0), dict(min_p=2), dict(repetition_penalty=0),
+     dict(max_new_tokens=0), dict(temperature=float("nan"))],
+)  # fmt: skip
+def test_impossible_settings_are_refused(wrong, hf_directory):
+    model, _ = sample.load(hf_directory)
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        next(sample.generate(model, [1, 2], **wrong))
+
+
+def test_generate_equals_the_uncached_way(hf_directory):
+    """The reference recomputes everything for each token; cache and prefill must give the same ids."""
+    model, _ = sample.load(hf_directory)
+    ids = list(range(5, 22))
+    ours = [int(i) for i in sample.generate(model, ids, 40, temperature=0, stop_ids=[])]
+    for _ in range(40):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    assert ours == ids[17:] and len(set(ours)) > 3
+
+
+def sliding_reference(model, prompt, n):
+    """What generate documents past the context, written the plainest way: keep the newer half, read it again."""
+    context, window, out = model.config.max_position_embeddings, prompt[-model.config.max_position_embeddings :], []
+    for _ in range(n):
+        with torch.no_grad():
+            new = int(model(torch.tensor([window]))[0][0, -1].argmax())
+        out.append(new)
+        window = (window[-(context // 2) :] if len(window) == context else window) + [new]
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_past_the_context_it_slides_as_documented(hf_directory, length):
+    """A bound checked on T instead of start + T is how peers crashed here; prompts below, at and beyond the context."""
+    model, _ = sample.load(hf_directory)
+    prompt = [(7 * i) % 500 + 3 for i in range(length)]
+    ours = [int(i) for i in sample.generate(model, prompt, 100, temperature=0, stop_ids=[])]
+    assert ours == sliding_reference(model, prompt, 100)
+
+
+def test_a_prompt_in_chunks_is_the_prompt(hf_directory, monkeypatch):
+    model, _ = sample.load(hf_directory)
+    ids = torch.arange(3, 50)[None]
+    whole = sample.prefill(model, ids, KVCache(model.config, 1))
+    monkeypatch.setattr(sample, "PREFILL_CHUNK", 7)
+    assert (sample.prefill(model, ids, KVCache(model.config, 1)) - whole).abs().max() < 1e-5
+
+
+def test_batch_rows_do_not_see_each_other_and_stop_one_by_one(hf_directory):
+    """Greedy rows of a batch equal the rows alone; a row that has ended repeats its end until all have."""
+    model, _ = sample.load(hf_directory)
+    prompts = torch.tensor([[5, 6, 7, 8], [100, 90, 80, 70], [9, 300, 9, 301]])
+    alone = [[int(i) for i in sample.generate(model, p.tolist(), 20, temperature=0, stop_ids=[])] for p in prompts]
+    batch = torch.stack(list(sample.generate(model, prompts, 20, temperature=0, stop_ids=[])), 1).tolist()
+    assert batch == alone
+    stop = alone[0][4]
+    steps = torch.stack(list(sample.generate(model, prompts, 20, temperature=0, stop_ids=[stop])), 1).tolist()
+    first = alone[0].index(stop)
+    assert steps[0][: first + 1] == alone[0][: first + 1] and set(steps[0][first:]) == {stop}
+
+
+def test_it_stops_at_any_of_the_models_end_tokens(hf_directory):
+    """config.json may hold one id or a list; the id is yielded, then nothing more."""
+    model, _ = sample.load(hf_directory)
+    free = [int(i) for i in sample.generate(model, [5, 6, 7], 30, temperature=0, stop_ids=[])]
+    model.config.eos_token_id = [511, free[3]]
+    assert [int(i) for i in sample.generate(model, [5, 6, 7], 30, temperature=0)] == free[: free.index(free[3]) + 1]
+
+
+def test_a_seed_is_a_text_and_requests_do_not_disturb_each_other(hf_directory):
+    """Interleaved requests give what each gives alone; the caller's own RNG stays where it was."""
+    model, _ = sample.load(hf_directory)
+    before = torch.get_rng_state()
+    alone = [[int(i) for i in sample.generate(model, [5, 6], 20, seed=s, stop_ids=[])] for s in (1, 2)]
+    pair = zip(*(sample.generate(model, [5, 6], 20, seed=s, stop_ids=[]) for s in (1, 2)))
+    assert [list(map(int, row)) for row in zip(*pair)] == alone and alone[0] != alone[1]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_unwritten_cache_rows_are_never_read(hf_directory):
+    """Rows beyond the text may hold anything, NaN included."""
+    model, _ = sample.load(hf_directory)
+    cache = KVCache(model.config, 1)
+    cache.reserve(64)
+    for pair in cache.layers:
+        for buffer in pair:
+            buffer.fill_(float("nan"))
+    with torch.no_grad():
+        logits, _ = model(torch.arange(3, 20)[None], cache=cache, start=0)
+        step, _ = model(torch.tensor([[7]]), cache=cache, start=17)
+    assert torch.isfinite(logits).all() and torch.isfinite(step).all()
+
+
+def test_the_cache_grows_with_use(hf_directory):
+    """A short answer does not reserve the whole context; beyond the context it refuses."""
+    model, _ = sample.load(save_hf_directory(hf_directory.parent / "long", tiny_hf(max_position_embeddings=4096)))
+    cache = KVCache(model.config, 1)
+    sample.prefill(model, torch.arange(3, 50)[None], cache)
+    assert cache.layers[0][0].size(2) == 64
+    sample.prefill(model, torch.ones(1, 100, dtype=torch.int64), cache)
+    assert cache.layers[0][0].size(2) == 128
+    with pytest.raises(ModelError, match="context of 4096"):
+        cache.reserve(4097)
+
+
+def test_streamed_text_is_whole_characters_and_equals_the_decoded_whole():
+    """Token by token an emoji would come out as four broken marks."""
+    tokenizer = train_bpe([TEXT], 400)
+    text = "naïve 🦉🏽👩‍👩‍👧 漢字\r\n\0 x"
+    ids = tokenizer.encode(text).ids
+    pieces = list(sample.stream_text(tokenizer, (torch.tensor([i]) for i in ids)))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    naive = [tokenizer.decode([i]) for i in ids]
+    assert any("\ufffd" in piece for piece in naive), "negative control: the naive way does break characters"
+    cut = list(sample.stream_text(tokenizer, (torch.tensor([i]) for i in ids[:8])))
+    assert "".join(cut) == tokenizer.decode(ids[:8])
+
+
+def test_text_that_spells_a_special_token_stays_text(hf_directory):
+    tokenizer = sample.read_tokenizer(hf_directory)
+    assert 0 not in tokenizer.encode("<|endoftext|>").ids
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loading: everything that could be wrong with a directory
+
+
+def alter(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (lambda t: t.update(extra=torch.zeros(2)), "extra is not part of this model"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(7)}), r"has shape \[7\], expected \[48\]"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(512, 48)}), "a different matrix"),
+    ],
+)
+def test_a_directory_with_other_tensors_is_refused(hf_directory, change, message):
+    """transformers only warns; random weights in place of a missing tensor are the worst of the silent failures."""
+    alter(hf_directory, change)
+    with pytest.raises(ModelError, match=message):
+        sample.load(hf_directory)
+
+
+def test_a_tied_head_written_twice_is_accepted_if_it_is_the_same(hf_directory):
+    alter(hf_directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    sample.load(hf_directory)
+
+
+def test_damage_is_named(hf_directory, tmp_path):
+    """Cut short, altered, missing: each file by name, each time with a way out."""
+    model, _ = sample.load(hf_directory)
+    model.save_pretrained(hf_directory)
+    file = hf_directory / "model.safetensors"
+    good = file.read_bytes()
+    flipped = bytearray(good)
+    flipped[-100] ^= 1
+    for bad, message in ((good[: len(good) // 2], "is damaged"), (bytes(flipped), "has been altered")):
+        file.write_bytes(bad)
+        with pytest.raises(ModelError, match=message):
+            sample.load(hf_directory)
+    file.write_bytes(good)
+    sample.load(hf_directory)
+    (hf_directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="tokenizer.json is damaged"):
+        sample.load(hf_directory)
+    (hf_directory / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="tokenizer.json not found"):
+        sample.load(hf_directory)
+    (hf_directory / "config.json").write_text('{"model_type": "llama"')
+    with pytest.raises(ModelError, match="config.json is damaged"):
+        SmolLM2.from_pretrained(hf_directory)
+
+
+def test_a_tokenizer_of_another_run_is_refused(hf_directory):
+    """By size, and, where the run left its hash, by content: same size and another order of merges is enough."""
+    train_bpe([TEXT, "zq" * 999], 512).save(str(hf_directory / "other.json"))
+    model, _ = sample.load(hf_directory)
+    model.save_pretrained(hf_directory, {"tokenizer_sha256": sample.file_sha256(hf_directory / "tokenizer.json")})
+    sample.load(hf_directory)
+    (hf_directory / "other.json").replace(hf_directory / "tokenizer.json")
+    with pytest.raises(ModelError, match="not the one this model was trained with"):
+        sample.load(hf_directory)
+    train_bpe([TEXT], 513).save(str(hf_directory / "tokenizer.json"))
+    with pytest.raises(ModelError, match="513 tokens, the model 512"):
+        sample.load(hf_directory)
+
+
+def test_what_is_not_there_is_said_with_the_command_that_makes_it(tmp_path):
+    """No fallback to random weights or to a hub: a missing directory is an error of one line."""
+    for arguments in (["--model=out/nothing"], [], ["--model=./x"]):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        done = run_script("sample.py", *arguments, cwd=tmp_path)
+        assert done.returncode == 1 and "python train.py" in done.stderr and "Traceback" not in done.stderr
+    done = run_script("sample.py", "--model=someone/nothing", cwd=tmp_path)
+    assert done.returncode == 1 and "huggingface.co" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_command_prints_the_prompt_and_its_continuation(hf_directory):
+    """stdout is the text alone, twice the same for one seed; the facts go to stderr."""
+    arguments = ["sample.py", f"--model={hf_directory}", "--prompt=What news", "--max_new_tokens=12", "--num_samples=2"]
+    one, two = run_script(*arguments), run_script(*arguments)
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == two.stdout and one.stdout.count("What news") == 2 and "tokens/s" in one.stderr
+    int8 = run_script(*arguments, "--quantize=int8")
+    assert int8.returncode == 0 and int8.stdout.startswith("What news")
+    for wrong in ("--dtype=half", "--device=tpu", "--temperature=-1", "--quantize=int3", "--prompt=FILE:none.txt"):
+        done = run_script(*arguments, wrong)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, wrong
+
+
+def test_sample_and_train_start_without_transformers():
+    """transformers costs seconds to import and is not needed to train or sample."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, sample, prepare; assert 'transformers' not in sys.modules"
+    import subprocess
+    import sys
+
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_written_config_is_read_alike_by_both_generations_of_transformers(hf_directory):
+    """transformers 4 looks for rope_theta and torch_dtype, 5 for rope_parameters and dtype; each silently falls back."""
+    model, _ = sample.load(hf_directory)
+    model.save_pretrained(hf_directory)
+    written = json.loads((hf_directory / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 100000.0
+    assert written["dtype"] == written["torch_dtype"] == "float32"
+    for key in ("eos_token_id", "bos_token_id", "tie_word_embeddings", "head_dim", "num_key_value_heads"):
+        assert key in written

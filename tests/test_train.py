@@ -1,0 +1,659 @@
+"""train.py's promises, each with what would break it: stops, kills, full disks, other splits, bad numbers, damage.
+
+The long version of the same, with fifty kills, is tests/stress.py.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny_hf
+
+import prepare
+import sample
+import train
+from config import UserError
+from model import ModelError
+
+SMALL = (
+    "--input=t.txt --dataset=t --vocab_size=300 --out_dir=out/t --hidden_size=32 --intermediate_size=48 "
+    "--num_hidden_layers=2 --num_attention_heads=4 --num_key_value_heads=2 --block_size=32 --global_batch_size=8 "
+    "--micro_batch_size=8 --max_iters=12 --eval_interval=4 --eval_rows=20 --log_interval=1 --warmup_iters=2 "
+    "--learning_rate=1e-2 --dtype=float32 --compile=off"
+).split()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with a text in it; the data are made by the first run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text(TEXT[:8000])
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    yield tmp_path
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+
+
+def go(monkeypatch, *flags):
+    """A run in this process, as the command line would start it."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *flags])
+    train.main()
+
+
+def stop_at(monkeypatch, step, number=signal.SIGINT):
+    """Send this process a real signal while it takes `step`."""
+    real = train.learning_rate_at
+
+    def signalling(at, *rest):
+        if at == step:
+            os.kill(os.getpid(), number)
+        return real(at, *rest)
+
+    monkeypatch.setattr(train, "learning_rate_at", signalling)
+
+
+def state(run="out/t"):
+    return torch.load(f"{run}/state.pt", weights_only=True)
+
+
+def log(run="out/t", key="loss"):
+    rows = [json.loads(line) for line in open(f"{run}/log.jsonl", encoding="utf-8")]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the data
+
+
+def test_an_epoch_predicts_every_token_once(here):
+    """Rows are blocks from an offset, in some order, round the end: every target once, but for the remainder."""
+    np.arange(1003, dtype="<u2").tofile("x.bin")
+    rows = train.Rows("x.bin", 1003, 10, seed=1)
+    epochs = []
+    for epoch in range(3):
+        data = np.stack([rows[i] for i in range(epoch * 100, epoch * 100 + 100)])
+        assert ((data[:, 1:] - data[:, :-1]) % 1003 == 1).all(), "a target is the token that follows"
+        seen = np.bincount(data[:, 1:].ravel(), minlength=1003)
+        assert seen.max() == 1 and (seen == 0).sum() == 3
+        epochs.append(data)
+    assert not np.array_equal(epochs[0], epochs[1]), "each epoch has an order of its own"
+    other = train.Rows("x.bin", 1003, 10, seed=2)
+    assert np.array_equal(train.Rows("x.bin", 1003, 10, seed=1)[207], epochs[2][7])  # any row, without the ones before
+    assert any(not np.array_equal(other[i], epochs[0][i]) for i in range(5))
+
+
+def test_the_smallest_text_that_works_and_the_one_that_does_not(here):
+    np.arange(11, dtype="<u2").tofile("x.bin")
+    assert train.Rows("x.bin", 11, 10, 0)[5].shape == (11,)
+    with pytest.raises(UserError, match="block_size=10 needs 11"):
+        train.Rows("x.bin", 10, 10, 0)
+
+
+def test_validation_covers_every_token_once_and_always_alike(here):
+    np.arange(105, dtype="<u2").tofile("x.bin")
+    rows = train.validation_rows("x.bin", 105, 10, 99)
+    targets = rows[:, 1:][rows[:, 1:] != -100]
+    assert targets.tolist() == list(range(1, 105))
+    few = train.validation_rows("x.bin", 105, 10, 3)
+    assert few[:, 0].tolist() == [0, 50, 100] and torch.equal(few, train.validation_rows("x.bin", 105, 10, 3))
+
+
+def test_evaluation_is_the_mean_over_tokens_however_it_is_batched(here):
+    """A mean of means would weigh the short last row like a full one."""
+    model = train.SmolLM2(train.SmolLM2Config(120, 32, 48, 1, 4, 2, 8, 16)).eval()
+    np.random.default_rng(0).integers(0, 120, 93).astype("<u2").tofile("x.bin")
+    rows = train.validation_rows("x.bin", 93, 16, 99)
+    losses = []
+    for row in rows:
+        n = int((row[1:] != -100).sum())
+        logits = model(row[None, :n])[0][0]
+        losses += torch.nn.functional.cross_entropy(logits, row[1 : n + 1], reduction="none").tolist()
+    for batch in (1, 4, 5, 64):
+        assert abs(train.evaluate(model, rows, batch, train.nullcontext) - np.mean(losses)) < 1e-5
+    parts = [train.evaluate(model, rows[r::2], 4, train.nullcontext) for r in (0, 1)]
+    assert abs(np.mean(parts) - np.mean(losses)) > 1e-5, "negative control: the mean of two means is another number"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# schedule, precision, compile
+
+
+def test_learning_rate_schedules():
+    """Never 0 at the first step; the peak after warmup; min_lr at the end and ever after."""
+    s = train.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100)
+    for schedule in ("cosine", "wsd", "constant"):
+        s.lr_schedule = schedule
+        rates = [train.learning_rate_at(i, s, 100) for i in range(120)]
+        assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
+        if schedule != "constant":
+            assert rates[100] == rates[119] == 0.1 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    s.lr_schedule = "wsd"
+    assert train.learning_rate_at(80, s, 100) == 1.0 and abs(train.learning_rate_at(90, s, 100) - 0.55) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "capability, expected", [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)]
+)
+def test_precision_goes_by_capability(capability, expected, monkeypatch):
+    """Older GPUs accept bf16 and emulate it, slowly; the capability does not lie."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert train.pick_autocast("auto", "cuda")[0] == expected
+    assert train.pick_autocast("auto", "mps")[0] == torch.float32
+    assert train.pick_autocast("float32", "cuda")[0] == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
+    assert train.pick_autocast("auto", "cpu")[0] == torch.float32
+
+
+def test_mfu_is_not_guessed(monkeypatch):
+    """An unknown GPU has no known peak: no number rather than a wrong one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Frobnicator 9")
+    assert train.peak_flops("cuda", torch.bfloat16) == (0.0, "unknown")
+    assert train.peak_flops("cuda", torch.bfloat16, 5)[0] == 5e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    assert train.peak_flops("cuda", torch.bfloat16)[0] == 989e12
+
+
+def test_compile_auto_leaves_short_runs_alone(monkeypatch):
+    assert not train.pick_compile("auto", "cpu", 1e12, 1e12)[0]
+    assert train.pick_compile("on", "cpu", 1e12, 1e12)[0] and not train.pick_compile("off", "cpu", 1e20, 1e12)[0]
+    monkeypatch.setattr(train.shutil, "which", lambda _: None)
+    assert train.pick_compile("auto", "cpu", 1e20, 1e12) == (False, "there is no C++ compiler")
+
+
+def test_compiling_that_fails_is_said_and_gone_without(here, monkeypatch, capsys):
+    """The first forward and backward is where it fails, so that is what is guarded: auto goes on, on says why not."""
+
+    def broken(self, *_, **__):
+        def call(*_, **__):
+            raise RuntimeError("no working C++ compiler")
+
+        self._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    monkeypatch.setattr(train, "pick_compile", lambda choice, *_: (True, "for the test"))
+    go(monkeypatch, "--compile=auto", "--max_iters=4")
+    out = capsys.readouterr().out
+    assert "compiling failed" in out and "done: 4 steps" in out
+    with pytest.raises(UserError, match="--compile=off"):
+        go(monkeypatch, "--compile=on", "--out_dir=out/u")
+
+
+@pytest.mark.skipif(not any(map(train.shutil.which, ("g++", "c++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_and_eager_train_alike_and_write_the_same_names(here, monkeypatch):
+    """Blocks compiled in place: no _orig_mod prefix anywhere, and the same losses within rounding."""
+    go(monkeypatch, "--max_iters=4")
+    go(monkeypatch, "--max_iters=4", "--compile=on", "--out_dir=out/c")
+    assert state("out/c")["model"].keys() == state()["model"].keys()
+    for step, loss in log().items():
+        assert abs(log("out/c")[step] - loss) < 1e-3
+    sample.load("out/c")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# resuming
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stopped_and_resumed_is_the_same_run_to_the_last_bit(here, monkeypatch, dtype, capsys):
+    """Weights, optimizer, losses, learning rates: with three stops, at steps that are no evaluation, as with none."""
+    go(monkeypatch, f"--dtype={dtype}")
+    for step, number in ((2, signal.SIGINT), (7, signal.SIGTERM), (9, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            go(patch, f"--dtype={dtype}", "--out_dir=out/stops")
+        assert state("out/stops")["progress"]["step"] == step + 1
+        assert "stopped at step" in capsys.readouterr().out
+    go(monkeypatch, f"--dtype={dtype}", "--out_dir=out/stops")
+    a, b = state(), state("out/stops")
+    for key in ("model", "optimizer", "scaler", "rng", "facts"):
+        assert same(a[key], b[key]), key
+    for key in ("loss", "lr", "grad_norm", "val_loss"):
+        assert log(key=key) == log("out/stops", key)
+    kept = sample.metadata("out/t")  # with a checksum of the weights
+    assert kept == sample.metadata("out/stops") and len(kept["crc32"]) == 8
+
+
+def test_the_comparison_above_can_fail(here, monkeypatch):
+    """Negative control: a resume that forgets the optimizer's moments is another run."""
+    go(monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        go(patch, "--out_dir=out/stops")
+    lost = state("out/stops")
+    for entry in lost["optimizer"]["state"].values():
+        entry["exp_avg"].zero_()
+    torch.save(lost, "out/stops/state.pt")
+    go(monkeypatch, "--out_dir=out/stops")
+    assert not same(state()["model"], state("out/stops")["model"])
+
+
+def test_evaluating_and_sampling_leave_training_alone(here, monkeypatch):
+    go(monkeypatch, "--eval_interval=12")
+    go(monkeypatch, "--eval_interval=1", "--sample_interval=1", "--out_dir=out/often")
+    assert log() == log("out/often") and same(state()["model"], state("out/often")["model"])
+    assert len(log("out/often", "sample")) == 12
+
+
+def test_a_finished_run_says_so_and_more_steps_can_be_added(here, monkeypatch, capsys):
+    """As the seed did, N steps and then some more; the schedule keeps the end it was given."""
+    go(monkeypatch)
+    capsys.readouterr()
+    before = state()
+    go(monkeypatch)
+    assert "finished at step 12" in capsys.readouterr().out and same(before["model"], state()["model"])
+    go(monkeypatch, "--max_iters=15")
+    rates = log(key="lr")
+    assert state()["progress"]["step"] == 15 and rates[13] == rates[15] == train.Settings.min_lr
+    assert sorted(log()) == list(range(1, 16))
+
+
+def test_settings_that_would_change_the_run_are_refused_by_name(here, monkeypatch):
+    """All of them at once; leave can be given by name; what is free to change is free."""
+    go(monkeypatch, "--max_iters=4")
+    with pytest.raises(UserError) as refused:
+        go(monkeypatch, "--learning_rate=5e-3", "--seed=1", "--hidden_size=64")
+    text = str(refused.value)
+    assert all(key in text for key in ("learning_rate was 0.01, is 0.005", "seed", "hidden_size", "--accept_changes="))
+    go(monkeypatch, "--max_iters=6", "--learning_rate=5e-3", "--accept_changes=learning_rate")
+    go(monkeypatch, "--max_iters=8", "--micro_batch_size=2", "--eval_interval=2", "--learning_rate=5e-3")
+    assert state()["progress"]["step"] == 8
+
+
+def test_other_data_under_a_run_are_refused(here, monkeypatch):
+    go(monkeypatch, "--max_iters=4")
+    (here / "t.txt").write_text(TEXT[500:9000])
+    prepare.prepare(prepare.Settings(input="t.txt", dataset="t", vocab_size=300))
+    with pytest.raises(UserError, match="the source sha256 was"):
+        go(monkeypatch)
+    with pytest.raises(UserError, match="prepared with vocab_size=300, asked is 400"):
+        go(monkeypatch, "--vocab_size=400", "--out_dir=out/new")
+
+
+def test_scratch_starts_over_and_resume_insists(here, monkeypatch):
+    with pytest.raises(UserError, match="nothing to resume"):
+        go(monkeypatch, "--init_from=resume")
+    go(monkeypatch, "--max_iters=4")
+    go(monkeypatch, "--max_iters=2", "--init_from=scratch", "--seed=5")
+    assert state()["progress"]["step"] == 2 and sorted(log()) == [1, 2]
+
+
+def test_the_log_has_each_step_once_whatever_happened(here, monkeypatch):
+    """Lines beyond the step that is resumed, and half a line from a kill, are dropped."""
+    go(monkeypatch, "--max_iters=4")
+    with open("out/t/log.jsonl", "a") as f:
+        f.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    go(monkeypatch, "--max_iters=8")
+    steps = [json.loads(line)["step"] for line in open("out/t/log.jsonl") if "grad_norm" in line]
+    assert steps == list(range(1, 9))
+
+
+def test_the_model_kept_is_the_best_and_overfitting_is_said(here, monkeypatch, capsys):
+    """A run driven into overfitting: the folder holds the lowest validation loss, and patience ends it."""
+    (here / "t.txt").write_text(TEXT[:3000])
+    go(
+        monkeypatch,
+        "--max_iters=400",
+        "--eval_interval=20",
+        "--learning_rate=3e-2",
+        "--patience=4",
+        "--log_interval=50",
+    )
+    out = capsys.readouterr().out
+    losses = log(key="val_loss")
+    best = min(losses, key=losses.get)
+    kept = sample.metadata("out/t")
+    assert kept["step"] == str(best) and abs(float(kept["val_loss"]) - losses[best]) < 1e-5
+    assert best < max(losses) and f"overfitting since step {best}" in out and "stopping: no better" in out
+    model, _ = sample.load("out/t")
+    meta = prepare.read_meta("t")
+    rows = train.validation_rows("data/t/val.bin", meta["val_tokens"], 32, 20)
+    assert abs(train.evaluate(model, rows, 8, train.nullcontext) - losses[best]) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def test_a_state_that_is_damaged_or_evil_is_refused(here, monkeypatch):
+    """Cut short, one bit flipped, a pickle that would run code: named, with the way out, and nothing has run."""
+    go(monkeypatch, "--max_iters=4")
+    good = (here / "out/t/state.pt").read_bytes()
+    model = (here / "out/t/model.safetensors").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("ran",)
+
+    torch.save({"model": Evil()}, "evil.pt")
+    torch.save({"step": 3}, "other.pt")
+    for bad in (
+        good[: len(good) // 2],
+        bytes(flipped),
+        b"",
+        b"text",
+        *((here / f).read_bytes() for f in ("evil.pt", "other.pt")),
+    ):
+        (here / "out/t/state.pt").write_bytes(bad)
+        with pytest.raises(UserError, match="--init_from=scratch"):
+            go(monkeypatch)
+        assert not (here / "ran").exists()
+    assert (here / "out/t/model.safetensors").read_bytes() == model
+    (here / "out/t/state.pt").write_bytes(good)
+    go(monkeypatch, "--max_iters=6")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(here, monkeypatch, capsys):
+    """The save fails half way; the previous state stays whole, training goes on, and the next save works."""
+    real = torch.save
+    go(monkeypatch, "--max_iters=4")
+    before = state()
+
+    def full(value, path):
+        with open("/dev/full", "wb", buffering=0) as f:
+            real(value, f)
+
+    monkeypatch.setattr(torch, "save", full)
+    go(monkeypatch, "--max_iters=8")
+    assert "could not be written" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "save", real)
+    assert same(before["model"], state()["model"]) and not list((here / "out/t").glob("*.tmp"))
+    go(monkeypatch, "--max_iters=8")
+    assert state()["progress"]["step"] == 8
+    go(monkeypatch, "--max_iters=8", "--out_dir=out/u")
+    assert same(state("out/u")["model"], state()["model"]) is False  # its schedule ended at 8, not 4: another run
+
+
+def start(*flags, **kw):
+    """A run in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *SMALL, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, **kw,
+    )  # fmt: skip
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"the run ended without printing {text!r}")
+
+
+def test_kill_9_loses_at_most_an_interval_and_never_the_model(here, monkeypatch):
+    """Killed at random instants, the same command goes on, and the folder holds a whole model each time."""
+    flags = ("--max_iters=60", "--eval_interval=2")
+    for i in range(3):
+        run = start(*flags)
+        wait_for(run, "| loss")
+        time.sleep(0.03 * i)
+        run.kill()
+        run.wait()
+        sample.load("out/t")
+        done = [row for row in log(key="val_loss")] if os.path.exists("out/t/log.jsonl") else []
+        if os.path.exists("out/t/state.pt"):
+            assert state()["progress"]["step"] >= max(done, default=0) - 2
+    go(monkeypatch, *flags)
+    go(monkeypatch, *flags, "--out_dir=out/whole")
+    assert same(state()["model"], state("out/whole")["model"]) and log() == log("out/whole")
+    assert not list((here / "out/t").glob("*.tmp"))
+
+
+def test_sigterm_saves_and_prints_the_command_that_goes_on(here):
+    run = start("--max_iters=100000")
+    wait_for(run, "| loss")
+    run.send_signal(signal.SIGTERM)
+    rest = run.stdout.read()
+    assert run.wait() == 0 and "SIGTERM: saving" in rest
+    assert re.search(r"stopped at step [\d,]+, saved. Go on with: python .*train.py --input=t.txt", rest)
+    assert state()["progress"]["step"] > 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(here):
+    """The lock is the operating system's: a kill -9 cannot leave it behind."""
+    first = start("--max_iters=100000")
+    wait_for(first, "| loss")
+    second = start()
+    assert "being trained in by another process" in second.stdout.read() and second.wait() == 1
+    first.kill()
+    first.wait()
+    third = start("--max_iters=4", "--init_from=scratch")
+    assert "done: 4 steps" in third.stdout.read() and third.wait() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the split
+
+
+def test_micro_batches_do_not_matter(here, monkeypatch):
+    """Gradients of a step equal to 1e-6 and losses alike, ragged splits (8 = 3 + 3 + 2) included."""
+    gradients = {}
+    real = torch.nn.utils.clip_grad_norm_
+
+    for micro in (8, 4, 3, 1):
+        seen = []
+
+        def noting(parameters, limit, seen=seen):
+            parameters = list(parameters)
+            seen.append([p.grad.clone() for p in parameters])
+            return real(parameters, limit)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noting)
+        go(monkeypatch, f"--micro_batch_size={micro}", f"--out_dir=out/m{micro}", "--max_iters=3")
+        gradients[micro] = seen[0]
+        assert all(abs(log(f"out/m{micro}")[i] - log("out/m8")[i]) < 1e-5 for i in (1, 2, 3))
+    for micro in (4, 3, 1):
+        assert max(float((a - b).abs().max()) for a, b in zip(gradients[8], gradients[micro])) < 1e-6
+
+
+def torchrun(*flags, n=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), *SMALL, *flags], capture_output=True, text=True, timeout=180,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_processes_do_not_matter(here, monkeypatch):
+    """One process, two, and begun on two and ended on one: the same losses, the same weights."""
+    go(monkeypatch)
+    done = torchrun("--out_dir=out/two", "--micro_batch_size=2", "--max_iters=8", "--lr_decay_iters=12")
+    assert done.returncode == 0, done.stderr[-2000:]
+    go(monkeypatch, "--out_dir=out/two", "--lr_decay_iters=12")
+    for key in ("loss", "val_loss"):
+        one, two = log(key=key), log("out/two", key)
+        assert one.keys() == two.keys() and all(abs(one[i] - two[i]) < 2e-5 for i in one), key
+    a, b = state()["model"], state("out/two")["model"]
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-3  # Adam's first steps magnify rounding
+    assert a.keys() == b.keys(), "no module. prefix"
+
+
+def test_a_dying_process_ends_the_job(here):
+    """One of two dies in the middle: the job ends with a message and a failure, it does not hang."""
+    (here / "dies.py").write_text(
+        f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import train; real = train.learning_rate_at\n"
+        "def at(step, *rest):\n    if step == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\n"
+        "    return real(step, *rest)\ntrain.learning_rate_at = at; train.main()"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dies.py", *SMALL]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode != 0 and "Signal 9" in done.stderr
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(here, monkeypatch):
+    done = torchrun("--global_batch_size=7")
+    assert done.returncode != 0 and "cannot be shared evenly by 2 processes" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# numbers and memory
+
+
+def poison(monkeypatch, steps):
+    """Make the loss of certain steps not a number, as a bad row or an overflow would."""
+    real, calls = train.SmolLM2.forward, []
+
+    def forward(self, *arguments, **kw):
+        logits, loss = real(self, *arguments, **kw)
+        if self.training:
+            calls.append(1)
+            if len(calls) in steps:
+                loss = loss * float("nan")
+        return logits, loss
+
+    monkeypatch.setattr(train.SmolLM2, "forward", forward)
+
+
+def test_a_bad_step_is_skipped_counted_and_said(here, monkeypatch, capsys):
+    poison(monkeypatch, {3, 4})
+    go(monkeypatch)
+    assert "skipped (2 so far)" in capsys.readouterr().out
+    assert state()["progress"]["skipped"] == 2
+    assert all(torch.isfinite(p).all() for p in state()["model"].values())
+
+
+def test_five_bad_steps_in_a_row_end_the_run_with_the_checkpoint_whole(here, monkeypatch):
+    poison(monkeypatch, set(range(6, 99)))
+    with pytest.raises(UserError, match="five steps in a row"):
+        go(monkeypatch, "--max_iters=30")
+    assert state()["progress"]["step"] == 8
+    assert all(torch.isfinite(p).all() for p in sample.load("out/t")[0].parameters())
+
+
+def test_out_of_memory_at_the_first_step_halves_the_micro_batch(here, monkeypatch, capsys):
+    """The rows of a step stay the same, so the losses do."""
+    go(monkeypatch)
+    real = train.SmolLM2.forward
+
+    def forward(self, input_ids, *arguments, **kw):
+        if self.training and len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(self, input_ids, *arguments, **kw)
+
+    monkeypatch.setattr(train.SmolLM2, "forward", forward)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *_, **__: 1.0)
+        go(patch, "--out_dir=out/small")
+    assert "micro-batch 2 from here on" in capsys.readouterr().out
+    assert all(abs(log()[i] - log("out/small")[i]) < 1e-4 for i in log())
+    monkeypatch.setattr(train.SmolLM2, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+    with pytest.raises(UserError, match="out of memory"):
+        go(monkeypatch, "--out_dir=out/none")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model that comes out, and the one that goes in
+
+
+def test_transformers_reads_the_run_and_continues_alike(here, monkeypatch):
+    """AutoModelForCausalLM and AutoTokenizer on out/RUN: same ids, same logits, same greedy text as generate()."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    go(monkeypatch)
+    theirs = AutoModelForCausalLM.from_pretrained("out/t", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained("out/t")
+    model, ours = sample.load("out/t")
+    ids = ours.encode("Is there news, 12?").ids
+    assert tokenizer("Is there news, 12?")["input_ids"] == ids
+    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+    assert [int(i) for i in sample.generate(model, ids, 12, temperature=0)] == expected
+
+
+def test_fine_tuning_starts_where_transformers_is_and_gets_better(here, monkeypatch):
+    """From a directory made by transformers, in bf16: fp32 master weights, its own tokenizer, and a first validation
+    loss that is transformers' own on the same rows to 1e-3; a hundred steps lower it."""
+    hf = tiny_hf().to(torch.bfloat16)
+    save_hf_directory(here / "base", hf)
+    flags = ("--init_from=base", "--tokenizer=base", "--max_iters=100", "--eval_interval=50", "--learning_rate=3e-3")
+    go(monkeypatch, *flags, "--dataset=own")
+    losses = log(key="val_loss")
+    meta = prepare.read_meta("own")
+    rows = train.validation_rows("data/own/val.bin", meta["val_tokens"], 32, 20)
+    hf, total, count = hf.to(torch.float32), 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            n = int((row[1:] != -100).sum())
+            logits = hf(row[None, :n]).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, row[1 : n + 1], reduction="sum"))
+            count += n
+    assert abs(losses[0] - total / count) < 1e-3
+    assert losses[100] < losses[0] - 0.5
+    assert all(p.dtype == torch.float32 for p in state()["model"].values())
+    model, tokenizer = sample.load("out/t")
+    assert model.config.max_position_embeddings == 64 and tokenizer.get_vocab_size() == 512
+    go(monkeypatch, *flags, "--dataset=own", "--max_iters=104")  # the same command goes on, it does not begin again
+    assert state()["progress"]["step"] == 104
+
+
+def test_fine_tuning_with_another_tokenizer_is_refused(here, monkeypatch):
+    """The ids would mean other words to the model, and it would train all the same."""
+    save_hf_directory(here / "base")
+    with pytest.raises(UserError, match="--tokenizer=base"):
+        go(monkeypatch, "--init_from=base")
+    with pytest.raises(ModelError, match="no such directory"):
+        go(monkeypatch, "--init_from=./nothing")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a user types
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--block_size=100000"], "--block_size="),
+        (["--eval_interval=0"], "eval_interval=0"),
+        (["--lr_schedule=linear"], "cosine, wsd or constant"),
+        (["--sample_interval=3"], "multiple of eval_interval"),
+        (["--num_key_value_heads=3"], "must be a multiple"),
+        (["--device=tpu"], "cannot be used here"),
+        (["--dtype=fp8"], "expected auto"),
+        (["--compile=maybe"], "auto, on or off"),
+        (["--accept_changes=lr"], "no such setting"),
+        (["--max_iters=-1"], "expected 0 or more"),
+        (["--input=missing.txt", "--dataset=new"], "no such file"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(here, monkeypatch, flags, message):
+    with pytest.raises((UserError, ModelError), match=re.escape(message)):
+        go(monkeypatch, *flags)
+    assert not (here / "out/t/model.safetensors").exists()
+
+
+def test_the_same_as_a_user_sees_it(here):
+    (here / "t.txt").write_text("short " * 20)
+    done = run_script("train.py", *SMALL, cwd=here)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "tokens; --block_size=32 needs 33" in done.stderr
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(here, monkeypatch):
+    """A model that knows nothing gives every vocabulary log2(V) bits a token; per byte that is what must be printed."""
+    monkeypatch.setattr(train, "evaluate", lambda model, *_, **__: math.log(model.config.vocab_size))
+    for vocab in (300, 400):
+        go(monkeypatch, f"--vocab_size={vocab}", f"--dataset=v{vocab}", f"--out_dir=out/v{vocab}", "--max_iters=4")
+        meta = prepare.read_meta(f"v{vocab}")
+        expected = math.log2(meta["vocab_size"]) * meta["val_tokens"] / meta["val_bytes"]
+        assert abs(log(f"out/v{vocab}", "val_bpb")[4] - expected) < 1e-9
