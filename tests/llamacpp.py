@@ -30,6 +30,8 @@ class LlamaCpp:
             p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
             p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self.server = xllamacpp.Server(p)
+        # An answer proves that its loop runs: a server dropped before that hangs in its destructor now and then.
+        self.greedy([0], 1)
 
     def post(self, path: str, **body) -> dict:
         data = json.dumps(body).encode()

@@ -19,10 +19,11 @@ def trained_run() -> Path:
     arguments = (
         f"--input={PLAY} --dataset=play --vocab_size=512 --out_dir=out/play --hidden_size=64 --intermediate_size=128 "
         "--num_hidden_layers=2 --num_attention_heads=4 --num_key_value_heads=2 --block_size=64 --global_batch_size=8 "
-        "--micro_batch_size=8 --max_iters=120 --eval_interval=60 --learning_rate=1e-2 --warmup_iters=5 "
+        "--micro_batch_size=8 --max_iters=250 --eval_interval=125 --learning_rate=1e-2 --warmup_iters=5 "
         "--device=cpu --dtype=float32 --compile=off --peak_tflops=1"
     )
-    done = run_script("train.py", *arguments.split(), cwd=folder)
+    # one thread: at this size a second gains nothing, and on a busy machine the two wait for each other at every step
+    done = run_script("train.py", *arguments.split(), cwd=folder, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "out" / "play"
 
