@@ -19,7 +19,7 @@ import random
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -45,6 +45,7 @@ class Settings:
 RUNS = Path("out")
 MAX_PROMPT = 4000  # characters; of a longer prompt the end is read
 MAX_WAITING = 16  # requests in the queue; the next one is told to come back later
+REFRESH = 3  # seconds between looks at the disk, for new runs and new lines in a log
 LOADED_AT_ONCE = 2  # models kept in memory: the two that Compare wants
 # Every number a visitor can send: lowest, highest, default, step, name, help. The page and the server both go by this.
 KNOBS = dict(
@@ -72,6 +73,15 @@ def stamp(file: Path) -> tuple[int, int]:
     return file.stat().st_mtime_ns, file.stat().st_size
 
 
+def newest_first(name: str) -> list[str]:
+    """The runs that have a file of this name, the one written last first."""
+    found = []
+    for file in RUNS.glob(f"*/{name}"):
+        with suppress(OSError):  # a run may be deleted at any moment
+            found.append((file.stat().st_mtime, str(file.parent)))
+    return [run for _, run in sorted(found, reverse=True)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # models
 
@@ -80,24 +90,22 @@ class Models:
     """The models a visitor may choose, loaded at first use and shared. A change on disk is noticed at the next use."""
 
     def __init__(self, given: str, device: str, dtype):
-        self.given, self.device, self.dtype = given.rstrip("/"), device, dtype
         self.given_folder = find(given) if given else None  # a hub id touches the network here or never
+        self.given = str(Path(given)) if given and Path(given).is_dir() else given
+        self.device, self.dtype = device, dtype
         self.loaded = {}  # (name, int8) -> (files on disk, model, tokenizer), the latest used last
         self.lock = threading.Lock()
 
     def names(self) -> list[str]:
         """What can be chosen: --model first, then the runs, the newest first."""
-        runs = sorted(RUNS.glob("*/model.safetensors"), key=lambda file: -file.stat().st_mtime)
-        return list(dict.fromkeys([self.given] * bool(self.given) + [str(file.parent) for file in runs]))
+        return list(dict.fromkeys(filter(None, [self.given, *newest_first("model.safetensors")])))
 
     def folder(self, name: str) -> Path:
         if name and name == self.given:
             return self.given_folder
         if not name or name not in self.names():
             newest_run(RUNS)  # says what to run if there is no model at all
-            raise UserError(
-                f"{name or 'no name'}: no such model here (any more). Choose one of: {', '.join(self.names())}."
-            )
+            raise UserError(f"{name or '?'}: no such model here (any more). Choose one of: {', '.join(self.names())}.")
         return Path(name)
 
     def get(self, name: str, int8: bool = False):
@@ -115,9 +123,7 @@ class Models:
                     del self.loaded[next(iter(self.loaded))]
                 new = (files, *load(folder, self.device, self.dtype, "int8" if int8 else ""))
                 if old:
-                    gr.Info(
-                        f"{name} has changed on disk and was loaded again (step {metadata(folder).get('step', '?')})."
-                    )
+                    gr.Info(f"{name} has changed on disk and was loaded again.")
                 old = new
             self.loaded[name, int8] = old
             return old[1:]
@@ -130,6 +136,7 @@ class Models:
 @dataclass
 class Token:
     text: str
+    ends: bool  # it is one that ends a text
     p: float  # the model's own probability, before temperature and the filters
     others: list[tuple[str, float]]  # the likeliest tokens at this place, with their probabilities
 
@@ -175,14 +182,14 @@ def write(models: Models, record: Record, name: str, int8: bool, prompt: str, **
             started = time.perf_counter()
             step = next(steps, None)
             if step is None:
-                last = len(record.tokens) < numbers["max_new_tokens"]
-                record.why = "the model ended the text" if last else "it reached the length that was set"
+                ended = record.tokens[-1].ends
+                record.why = "the model ended the text" if ended else "it reached the length that was set"
                 return
             new, logits = step
             probability = logits[0].float().softmax(-1)
             top = probability.topk(min(6, len(probability)))
             others = [(spell(tokenizer, i), p) for i, p in zip(top.indices.tolist(), top.values.tolist())]
-            record.tokens.append(Token("", float(probability[new[0]]), others))
+            record.tokens.append(Token("", int(new) in model.config.eos_ids, float(probability[new[0]]), others))
             record.seconds.append(time.perf_counter() - started)
             yield new
         record.why = "you stopped it"
@@ -217,7 +224,7 @@ def page(record: Record | None) -> str:
         return '<div class="paper empty">The text will appear here.</div>'
     caret = "" if record.why else '<span class="caret"></span>'
     text = f'<span class="prompt">{escape(record.prompt)}</span><span class="wrote">{escape(record.text)}</span>{caret}'
-    return f'<div class="paper" tabindex="0" role="region" aria-label="The text">{text}</div>'
+    return f'<div class="paper follow" tabindex="0" role="region" aria-label="The text"><div>{text}</div></div>'
 
 
 def summary(record: Record | None) -> str:
@@ -244,7 +251,7 @@ def inside(record: Record | None) -> str:
     for token in record.tokens:
         shade = next(i for i, (least, _) in enumerate(SHADES) if token.p >= least)
         data = escape(json.dumps([round(token.p, 4), [[text, round(p, 4)] for text, p in token.others]]))
-        text = escape(token.text).replace("\n", "\u21b5\n") or "\u00b7"
+        text = escape(token.text).replace("\n", "\u21b5\n") or ("[end of text]" if token.ends else "\u00b7")
         spans.append(f'<span class="t p{shade}" data-t="{data}">{text}</span>')
     return (
         f'<div class="legend" aria-hidden="true">How sure was the model? {legend}</div>'
@@ -301,61 +308,31 @@ def facts(models: Models, name: str, int8: bool) -> tuple[str, str]:
         sha256 = file_sha256(folder / "tokenizer.json")
     except (UserError, ModelError, OSError) as error:
         return bad(error), bad(error)
-    millions = f"{n['total'] / 1e6:.1f} million parameters"
-    learnt = [f"step {int(meta['step']):,}"] if "step" in meta else []
-    learnt += [f"{float(meta['val_bpb']):.3f} bits per byte"] if "val_bpb" in meta else []
-    number = "{:,}".format
+    line, number = [name, f"{n['total'] / 1e6:.1f} million parameters"], "{:,}".format
     rows = [
-        ("Directory", str(folder), "config.json, model.safetensors and tokenizer.json: everything below is read there"),
-        (
-            "Parameters",
-            number(n["total"]),
-            f"{number(n['embeddings'])} in the token table, {number(n['backbone'])} in the layers",
-        ),
-        (
-            "Layers",
-            number(c.num_hidden_layers),
-            "each lets the tokens look back at one another, then works on each alone",
-        ),
-        (
-            "Width",
-            number(c.hidden_size),
-            f"numbers that stand for one token; {number(c.intermediate_size)} inside a layer's MLP",
-        ),
-        (
-            "Heads",
-            f"{c.num_attention_heads} queries, {c.num_key_value_heads} keys and values",
-            f"each {c.head_dim} wide",
-        ),
-        (
-            "Context",
-            f"{number(c.max_position_embeddings)} tokens",
-            "how far back it can look; a longer text slides along",
-        ),
+        ("Directory", str(folder), "everything below is read from the files there"),
+        ("Parameters", number(n["total"]), f"of these {number(n['embeddings'])} in the table of tokens"),
+        ("Layers", number(c.num_hidden_layers), "each lets a token look back at the others, then works on it alone"),
+        ("Width", number(c.hidden_size), f"numbers that stand for a token; {c.intermediate_size} inside an MLP"),
+        ("Heads", f"{c.num_attention_heads} for queries, {c.num_key_value_heads} for keys", f"each {c.head_dim} wide"),
+        ("Context", f"{number(c.max_position_embeddings)} tokens", "how far back it can look in a text"),
         ("Vocabulary", f"{number(tokenizer.get_vocab_size())} tokens", f"tokenizer.json, sha256 {sha256[:12]}"),
         ("Weights", f"{'int8' if int8 else str(model.dtype)[6:]} on {model.device}", f"{size:.1f} MB on disk"),
-    ]
+    ]  # fmt: skip
     if "step" in meta:
-        rows.append(("Training step", number(int(meta["step"])), "the step with the lowest validation loss so far"))
+        line.append(f"step {int(meta['step']):,}")
+        rows.append(("Training step", number(int(meta["step"])), "the one with the lowest validation loss so far"))
     if "val_bpb" in meta:
-        loss = f"validation loss {float(meta['val_loss']):.3f} nats per token" if "val_loss" in meta else ""
-        rows.append(
-            (
-                "Validation",
-                f"{float(meta['val_bpb']):.3f} bits per byte",
-                f"on text it never saw; less is better. {loss}",
-            )
-        )
-    return f'<p class="status">{escape(" · ".join([name, millions, *learnt]))}</p>', table(rows)
+        bpb = f"{float(meta['val_bpb']):.3f} bits per byte"
+        line.append(bpb)
+        rows.append(("Validation", bpb, "what it takes to encode text it never saw; less is better"))
+    elif meta.get("step") == "0":
+        line.append("not trained yet: these are the weights it began with")
+    return f'<p class="status">{escape(" · ".join(line))}</p>', table(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # training
-
-
-def logged_runs() -> list[str]:
-    logs = sorted(RUNS.glob("*/log.jsonl"), key=lambda file: -file.stat().st_mtime)
-    return [str(file.parent) for file in logs]
 
 
 def read_log(run: str) -> list[dict]:
@@ -394,14 +371,9 @@ def training(run: str):
     samples = "".join(
         f"<dt>step {r['step']:,}</dt><dd>{escape(str(r['sample']))}</dd>" for r in rows if r.get("sample")
     ) or "<dd>No samples in this log: train with --sample_interval=500, say.</dd>"  # fmt: skip
-    frames = [
-        pd.DataFrame(points, columns=["step", y, "curve"])
-        for points, y in (
-            (loss, "loss"),
-            (curve(rows, "lr", "learning rate"), "learning rate"),
-            (curve(rows, "tok_per_s", "throughput"), "tokens per second"),
-        )
-    ]
+    rate, speed = curve(rows, "lr", "learning rate"), curve(rows, "tok_per_s", "throughput")
+    named = ((loss, "loss"), (rate, "learning rate"), (speed, "tokens per second"))
+    frames = [pd.DataFrame(points, columns=["step", y, "curve"]) for points, y in named]
     return f'<p class="status">{escape(" · ".join(line))}</p>', *frames, f'<dl class="samples">{samples}</dl>'
 
 
@@ -429,9 +401,11 @@ main.contain { max-width: 62rem; }
 .sidebar .head .info-text { grid-column: 1 / -1; order: 3; }
 .sidebar .min_value, .sidebar .max_value { display: none; }
 .paper { font: 1.06rem/1.65 ui-serif, Georgia, Cambria, serif; white-space: pre-wrap; overflow-wrap: anywhere;
-  min-height: 15rem; max-height: 60vh; overflow-y: auto; padding: 1.1rem 1.3rem; border-radius: 6px;
+  min-height: 15rem; max-height: 44vh; overflow-y: auto; padding: 1.1rem 1.3rem; border-radius: 6px;
   background: var(--background-fill-primary); border: 1px solid var(--border-color-primary);
   color: var(--body-text-color); }
+.paper.follow { display: flex; flex-direction: column-reverse; } /* keeps the newest line in view */
+.paper.follow > div { margin-bottom: auto; }
 .paper.empty { color: var(--body-text-color-subdued); font-style: italic; }
 .prompt { color: var(--body-text-color-subdued); background: var(--background-fill-secondary); border-radius: 3px; }
 .caret { border-right: .5em solid var(--primary-600); margin-left: 2px; animation: blink 1s steps(2) infinite; }
@@ -460,7 +434,7 @@ main.contain { max-width: 62rem; }
 .samples { max-height: 34rem; overflow-y: auto; }
 .samples dt { font-size: .85rem; color: var(--primary-600); margin-top: .8rem; }
 .samples dd { margin: .2rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .95rem/1.5 ui-serif, serif; }
-@media (max-width: 768px) { button[role=tab] { padding: .4rem .5rem !important; font-size: .85rem !important; } }
+@media (max-width: 768px) { .tab-container button { padding: 0 .35rem !important; font-size: .82rem !important; } }
 :focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 1px; }
 """
 
@@ -514,11 +488,13 @@ def build(models: Models) -> gr.Blocks:
                             sides.append(gr.Dropdown(names, value=name, label=label))
                             both_outputs += [gr.HTML(page(None)), gr.HTML(summary(None))]
             with gr.Tab("Training"):
-                run = gr.Dropdown(logged_runs(), value=None, label="Run", info="Redrawn while the run goes on.")
+                run = gr.Dropdown(
+                    newest_first("log.jsonl"), value=None, label="Run", info="Redrawn while the run goes on."
+                )
                 run_line = gr.HTML()
                 colors = {"training": "#8aa0a8", "validation": "#0d9488", "best": "#ea580c"}
-                axes = dict(x="step", min_width=280, y_lim=[0, None])
-                plots = [gr.LinePlot(x="step", y="loss", color="curve", color_map=colors, height=300, elem_id="loss")]
+                looks = dict(color="curve", color_title=" ", color_map=colors, height=300, elem_id="loss")
+                plots, axes = [gr.LinePlot(x="step", y="loss", **looks)], dict(x="step", min_width=280, y_lim=[0, None])
                 with gr.Row():
                     plots += [gr.LinePlot(**axes, y=y, height=220) for y in ("learning rate", "tokens per second")]
                 gr.Markdown("### What it wrote on the way")
@@ -551,10 +527,10 @@ def build(models: Models) -> gr.Blocks:
                         yield draw(records, late)
                     yield draw(records)
 
-            def halt(box):
+            def halt(box, forget=False):
                 for record in box:
                     record.stopped, record.why = True, record.why or "you stopped it"
-                return draw(box)
+                return draw([] if forget else box)
 
             event = gr.on(
                 triggers, write_all, [box, int8, prompt, *choices, *knobs], shown, **one_at_a_time, **private,
@@ -564,44 +540,40 @@ def build(models: Models) -> gr.Blocks:
 
         event, halt, box, shown = connect([go.click, prompt.submit], prompt, [model], [text, stats], view)
         stop.click(halt, box, shown, cancels=event, **quiet)
-        clear.click(lambda box: ["", halt(box) and box.clear() or page(None), summary(None), inside(None)],
-                    box, [prompt, *shown], cancels=event, **quiet)  # fmt: skip
+        clear.click(lambda box: ["", *halt(box, forget=True)], box, [prompt, *shown], cancels=event, **quiet)
         both, halt_both, box, shown = connect([both_go.click, both_prompt.submit], both_prompt, sides, both_outputs)
         both_stop.click(halt_both, box, shown, cancels=both, **quiet)
 
-        def describe(name, int8):
-            return facts(models, name, int8)
-
-        about = dict(fn=describe, inputs=[model, int8], outputs=[status, card], show_progress="hidden", **private)
-        gr.on([demo.load, model.change, int8.change], **about, concurrency_limit=None)
-        event.then(**about, concurrency_limit=None)  # the model may have been loaded again
+        about = dict(inputs=[model, int8], outputs=[status, card], concurrency_limit=None, **private)
+        about |= dict(fn=lambda name, int8: facts(models, name, int8), show_progress="hidden")
+        gr.on([demo.load, model.change, int8.change], **about)
+        event.then(**about)  # the model may have been loaded again
 
         seen = gr.State({})
 
         def refresh(seen, run, *chosen):
             """Redraw what is out of date: the lists of models and runs, and the curves of the run that is shown."""
-            names, runs = models.names(), logged_runs()
-            now = dict(lists=[names, runs])
-            lists = [gr.skip()] * 4
+            names, runs = models.names(), newest_first("log.jsonl")
+            if run not in runs:
+                run = chosen[0] if chosen[0] in runs else next(iter(runs), None)
+            now, lists, drawn = dict(lists=[sorted(names), sorted(runs)]), [gr.skip()] * 4, [gr.skip()] * 5
             if now["lists"] != seen.get("lists"):
-                run = run if run in runs else chosen[0] if chosen[0] in runs else next(iter(runs), None)
                 # what a visitor has chosen stays in the list: if it has gone, using it says so
                 choices, first = list(dict.fromkeys([*names, *filter(None, chosen)])), next(iter(names), None)
                 lists = [gr.update(choices=choices, value=name or first) for name in chosen]
                 lists.append(gr.update(choices=runs, value=run))
-            drawn = [gr.skip()] * 5
             if run is None:
                 drawn[0] = bad("No training log under out/ yet. Start one: python train.py config/tiny_shakespeare.py")
             else:
-                now["log"] = run, *stamp(Path(run) / "log.jsonl")
-                if now["log"] != seen.get("log"):
-                    drawn = training(run)
+                with suppress(OSError):  # deleted since; the next look will see it
+                    now["log"] = run, *stamp(Path(run) / "log.jsonl")
+                    drawn = drawn if now["log"] == seen.get("log") else training(run)
             seen.clear()
             seen.update(now)
             return *lists, *drawn
 
         gr.on(
-            [demo.load, gr.Timer(3).tick, run.input], refresh, [seen, run, model, *sides],
+            [demo.load, gr.Timer(REFRESH).tick, run.input], refresh, [seen, run, model, *sides],
             [model, *sides, run, run_line, *plots, samples], **quiet,
         )  # fmt: skip
 
@@ -609,8 +581,9 @@ def build(models: Models) -> gr.Blocks:
             prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0,
             min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, model: str = "", int8: bool = False,
         ) -> str:  # fmt: skip
-            """Continue `prompt`: streams the text so far, without the prompt. model: a name from the page's list, empty
-            for the first. Numbers are moved into their range; seed 0 draws one, top_k 0 and min_p 0 are off."""
+            """Continue `prompt`, of which the last 4,000 characters are read; streams the text so far, without the
+            prompt. model: a name from the page's list, empty for the first. Numbers are moved into their range; seed 0
+            draws one, top_k 0 and min_p 0 are off."""
             record = Record()
             numbers = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
             with toasts():
@@ -660,7 +633,7 @@ def main():
         raise UserError(f"port {s.port} is taken, perhaps by another playground. Try: --port={s.port + 1}") from None
     print(f"the playground is at http://127.0.0.1:{s.port} (Ctrl-C ends it)", flush=True)
     if s.share:
-        print(f"and, with the login, at {demo.share_url}", flush=True)
+        print(f"and, with the login, at {demo.share_url or '... no, the tunnel could not be had'}", flush=True)
     demo.block_thread()
 
 

@@ -26,10 +26,11 @@ EVALS = [
 SAMPLES = [dict(step=s, sample=f"<b>MARA</b>:\nWhat news at {s}?") for s in (100, 200)]
 
 
-def make_run(path: Path, seed: int = 0, step: int = 200) -> Path:
+def make_run(path: Path, seed: int = 0, step: int = 200, evaluated: bool = True) -> Path:
     """A directory as train.py leaves it: a random tiny model, its tokenizer, metadata in the weights, a log."""
     save_hf_directory(path, tiny_hf(seed))
-    facts = dict(step=str(step), val_loss="3.0", val_bpb="1.5", tokenizer_sha256=file_sha256(path / "tokenizer.json"))
+    facts = dict(step=str(step), tokenizer_sha256=file_sha256(path / "tokenizer.json"))
+    facts |= dict(val_loss="3.0", val_bpb="1.5") if evaluated else {}
     SmolLM2.from_pretrained(path).save_pretrained(path, facts)
     rows = sorted(LOG + EVALS + SAMPLES, key=lambda row: row["step"])
     (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

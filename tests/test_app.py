@@ -251,7 +251,8 @@ def test_int8_is_another_model(served, client, monkeypatch):
     """The switch must reach the loader, and not change the full-precision model that others use."""
     assert served[2].get("out/a", True)[0].dtype != served[2].get("out/a", False)[0].dtype
     kinds = []
-    monkeypatch.setattr(app, "generate", lambda model, ids, **s: kinds.append(model.embed_tokens) or iter(()))
+    token = torch.tensor([0]), torch.zeros(1, 512)
+    monkeypatch.setattr(app, "generate", lambda model, ids, **s: kinds.append(model.embed_tokens) or iter([token]))
     ask(client, model="out/a", int8=True).result()
     ask(client, model="out/a").result()
     assert [type(kind).__name__ for kind in kinds] == ["Int8Embedding", "Embedding"]
@@ -292,13 +293,14 @@ def test_record_holds_the_models_own_probabilities(runs):
 def test_why_it_stopped(runs, monkeypatch):
     """A text that ends early leaves a beginner guessing whether something broke."""
 
-    def ends_after(n):
-        return lambda model, ids, **s: ((torch.tensor([i]), torch.zeros(1, 512)) for i in range(300, 300 + n))
+    def yields(*ids):
+        return lambda model, prompt, **s: ((torch.tensor([i]), torch.zeros(1, 512)) for i in ids)
 
-    monkeypatch.setattr(app, "generate", ends_after(4))
-    assert written(runs, max_new_tokens=10).why == "the model ended the text"
-    monkeypatch.setattr(app, "generate", ends_after(10))
-    assert written(runs, max_new_tokens=10).why == "it reached the length that was set"
+    for ids, why in (((300, 0), "the model ended the text"), ((300, 301), "it reached the length that was set")):
+        monkeypatch.setattr(app, "generate", yields(*ids))
+        record = written(runs, max_new_tokens=2)
+        assert record.why == why
+        assert ("[end of text]" in app.inside(record)) == (ids[-1] == 0)
 
 
 def test_stopped_record_makes_no_more_tokens(runs):
@@ -323,13 +325,16 @@ def test_text_of_others_is_escaped(runs):
     assert app.page(record).count('"') % 2 == app.inside(record).count('"') % 2 == 0  # no attribute was broken out of
 
 
-def test_model_card_is_read_from_the_files(runs):
+def test_model_card_is_read_from_the_files(runs, tmp_path):
     """Nothing on the Model tab is written by hand: other files, other numbers."""
     models = app.Models(str(runs / "out/a"), "cpu", None)
     line, card = app.facts(models, models.given, False)
     model, _ = load(runs / "out/a")
     assert f"{model.num_parameters()['total']:,}" in card
     assert "step 200" in line and "1.500 bits per byte" in line and "1.500 bits per byte" in card
+    fresh = make_run(tmp_path / "fresh", step=0, evaluated=False)
+    assert "not trained yet" in app.facts(app.Models(str(fresh), "cpu", None), str(fresh), False)[0]
+    assert "not trained yet" not in line
 
 
 def test_training_reads_a_log_that_is_being_written(runs, tmp_path):

