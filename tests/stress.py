@@ -46,13 +46,22 @@ RUN = (
 ).split()
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # the model is tiny, and two processes must share two cores
+
+
 def command(out, *flags, processes=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return [sys.executable, *launcher, str(ROOT / "train.py"), *RUN, f"--out_dir={out}", *flags]
 
 
+def start(out) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD
+    )  # fmt: skip
+
+
 def finish(out, *flags, processes=1) -> str:
-    done = subprocess.run(command(out, *flags, processes=processes), capture_output=True, text=True)
+    done = subprocess.run(command(out, *flags, processes=processes), capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -98,7 +107,7 @@ def loads(out):
 def kills(n):
     started, lost, where, loaded = time.time(), [], [], 0
     for i in range(n):
-        run = subprocess.Popen(command("out/kills"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = start("out/kills")
         last, resumed = 0, 0
         for line in run.stdout:  # count the wait from the first step, so that imports do not swallow it
             if line.startswith("resume"):
@@ -106,8 +115,7 @@ def kills(n):
             if line.startswith(("step ", "eval ")) and "|" in line:
                 last = int(line.split()[1])
                 break
-        before = max(entries("out/kills", "loss"), default=0) if i else 0
-        time.sleep(random.random() * 0.35)
+        time.sleep(random.random() * 1.5)
         run.send_signal(signal.SIGKILL)
         rest = run.communicate()[0].splitlines()
         said = [line for line in rest if line.startswith(("step ", "eval ")) and "|" in line]
@@ -120,27 +128,26 @@ def kills(n):
         loaded += 1
         if run.returncode == 0 or reached >= 390:  # it got to its end: begin again, kills go on
             shutil.rmtree("out/kills")
-        print(f"  kill {i + 1:>2}: resumed at {resumed}, killed at step {reached} ({where[-1]}), kept {kept}", flush=True)
-        del before
+        print(f"  kill {i + 1:>2}: from step {resumed} to {reached} ({where[-1]}), kept {kept}", flush=True)
     finish("out/kills")
     assert not list(Path("out/kills").glob("*.tmp")), "stale temporary files"
     differs = same_run("out/kills", "out/whole")
     assert not differs, differs
     print(
-        f"kills: {n} x SIGKILL ({where.count('training')} while training, {n - where.count('training')} while evaluating "
-        f"or saving), {loaded} x the folder loaded here and in transformers, at most {max(lost)} steps repeated (an "
-        f"interval is 10), the end bit-equal to the undisturbed run; {time.time() - started:.0f} s"
+        f"kills: {n} x SIGKILL ({where.count('training')} while training, {n - where.count('training')} while "
+        f"evaluating or saving), {loaded} x the folder loaded here and in transformers, at most {max(lost)} steps "
+        f"repeated (an interval is 10), the end bit-equal to the undisturbed run; {time.time() - started:.0f} s"
     )
 
 
 def stops(n):
     started, steps = time.time(), []
-    for i in range(n):
-        run = subprocess.Popen(command("out/stops"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(n):
+        run = start("out/stops")
         for line in run.stdout:
             if line.startswith("step ") and "|" in line:
                 break
-        time.sleep(random.random() * 0.3)
+        time.sleep(random.random() * 1.5)
         run.send_signal(random.choice((signal.SIGINT, signal.SIGTERM)))
         rest = run.communicate()[0]
         assert run.returncode == 0 and ("Go on with: python" in rest or "done: " in rest), rest
@@ -152,11 +159,11 @@ def stops(n):
 
 
 def full_disk():
-    """A file system of 8 MB where the right to mount one is there; else a limit on the size of files, which the kernel
+    """A file system of 24 MB where the right to mount one is there; else a limit on the size of files, which the kernel
     enforces in the middle of a write just so."""
     started, folder = time.time(), Path("small")
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         print("full disk: skipped, no right to mount a small file system here")
         return
@@ -215,10 +222,9 @@ def main():
     home, folder = os.getcwd(), tempfile.mkdtemp(prefix="stress")
     os.chdir(folder)
     try:
-        subprocess.run(
-            [sys.executable, str(ROOT / "prepare.py"), f"--input={ROOT / 'data/shakespeare/play.txt'}", "--dataset=play",
-             "--vocab_size=1000"], check=True,
-        )  # fmt: skip
+        play = f"--input={ROOT / 'data/shakespeare/play.txt'}"
+        prepare = [sys.executable, str(ROOT / "prepare.py"), play, "--dataset=play", "--vocab_size=1000"]
+        subprocess.run(prepare, check=True)
         finish("out/whole")
         print(f"undisturbed: 400 steps, best {min(entries('out/whole', 'val_loss').values()):.4f}")
         kills(s.kills)
