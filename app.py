@@ -400,7 +400,7 @@ main.contain { max-width: 62rem; }
 .sidebar .head label { display: contents; }
 .sidebar .head .info-text { grid-column: 1 / -1; order: 3; }
 .sidebar .min_value, .sidebar .max_value { display: none; }
-.paper { font: 1.06rem/1.65 ui-serif, Georgia, Cambria, serif; white-space: pre-wrap; overflow-wrap: anywhere;
+.paper { font: 1.06rem/1.55 ui-serif, Georgia, Cambria, serif; white-space: pre-wrap; overflow-wrap: anywhere;
   min-height: 15rem; max-height: 44vh; overflow-y: auto; padding: 1.1rem 1.3rem; border-radius: 6px;
   background: var(--background-fill-primary); border: 1px solid var(--border-color-primary);
   color: var(--body-text-color); }

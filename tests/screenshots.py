@@ -32,6 +32,7 @@ class Settings:
     out_dir: str = "docs"  # where the pictures go
     prompt: str = "ROMEO:"  # what Write and Compare go on from
     seed: int = 7  # of the text
+    length: int = 64  # tokens of it
 
 
 def save(page, path: Path):
@@ -56,7 +57,10 @@ def tab(page, name: str):
 
 def write(page, s: Settings):
     """Generate a text with the seed of the settings and wait for its end."""
-    page.get_by_label("Seed").evaluate("(e, seed) => { e.value = seed; e.dispatchEvent(new Event('input')) }", s.seed)
+    for label, value in (("Seed", s.seed), ("number input for Length", s.length)):  # without scrolling to them
+        box = page.get_by_label(label, exact=True)
+        box.evaluate("(e, value) => { e.value = value; e.dispatchEvent(new Event('input')) }", value)
+        box.evaluate("e => e.dispatchEvent(new Event('blur'))")
     page.locator("#prompt textarea").fill(s.prompt)
     page.locator("#prompt textarea").press("Enter")
     page.get_by_text("stopped:").first.wait_for(timeout=120_000)
