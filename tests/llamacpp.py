@@ -13,9 +13,12 @@ import xllamacpp
 
 
 class LlamaCpp:
-    def __init__(self, file, context: int = 0, threads: int = 2, exact: bool = True):
-        """Load `file`; RuntimeError if llama.cpp refuses it. context 0 is the model's own. exact turns off its
-        flash attention and keeps the cache in fp32: both cost about 1e-3 nats a token, without them it is 1e-6."""
+    def __init__(self, file, context: int = 0, threads: int = 1, exact: bool = True):
+        """Load `file`; RuntimeError if llama.cpp refuses it. context 0 is the model's own.
+
+        exact turns off its flash attention and keeps the cache in fp32: both cost about 1e-3 nats a token, without
+        them it is 1e-6. One thread: a tiny model gains nothing from a second, and beside torch's own loses a lot.
+        """
         p = xllamacpp.CommonParams()
         p.model.path = str(file)
         p.n_ctx = context
