@@ -411,7 +411,14 @@ class SmolLM2(nn.Module):
         return 6 * matmul + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T
 
     # ------------------------------------------------------------------------------------------------------------------
-    # int8
+    # speed
+
+    def compile_blocks(self, dynamic: bool):
+        """torch.compile each block in place: no name changes, and all of them share one compiled graph, so it takes
+        some ten seconds, not the minute of compiling 30. dynamic: for generation, whose lengths change; training has
+        one shape. It is the first call that compiles, and that may fail where there is no C++ compiler."""
+        for layer in self.layers:
+            layer.compile(dynamic=dynamic)
 
     @torch.no_grad()
     def quantize(self, kind: str = "int8") -> "SmolLM2":

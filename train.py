@@ -546,8 +546,7 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
     # we train with `trained`; `model` is the bare module that is saved and sampled from. They share the weights, and
     # blocks are compiled in place, so no name ever gets a prefix.
     if compiled:
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+        model.compile_blocks(dynamic=False)
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # stopping: the first signal asks, at the next safe point all processes agree, save and leave; the second insists
