@@ -5,7 +5,7 @@ A model directory as one GGUF file for llama.cpp, Ollama and whatever else is bu
     python export_gguf.py --model=out/smol_shakespeare --outtype=bf16
     python export_gguf.py --model=HuggingFaceTB/SmolLM2-135M-Instruct       # written to out/SmolLM2-135M-Instruct-gguf/
 
-    llama-cli -m out/smol_shakespeare/smol_shakespeare-q8_0.gguf -p "ROMEO:" -no-cnv
+    llama-completion -m out/smol_shakespeare/smol_shakespeare-q8_0.gguf -no-cnv -p "ROMEO:"
     cd out/smol_shakespeare && ollama create smol_shakespeare -f Modelfile && ollama run smol_shakespeare "ROMEO:"
 
 Needs the gguf package (pip install "gguf>=0.17,<1"). Tensors go from disk to disk in pieces, so a model that fits in
@@ -414,9 +414,9 @@ def export(path, outtype: str = "q8_0", out_dir="") -> Path:
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     file = export(s.model or newest_run(), s.outtype, s.out_dir)
-    print(f"{file}: {file.stat().st_size:,} bytes, read back and equal to the model and its tokenizer")
+    print(f"{file}: {file.stat().st_size:,} bytes, read back and checked against the model and its tokenizer")
     print(f"{file.with_name('Modelfile')}: for Ollama")
-    print(f"\n  llama-cli -m {file} -no-cnv -p TEXT")
+    print(f"\n  llama-completion -m {file} -no-cnv -p TEXT")
     print(f"  ollama create {file.parent.name} -f {file.with_name('Modelfile')} && ollama run {file.parent.name}")
 
 
