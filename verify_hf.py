@@ -222,29 +222,30 @@ def logits(hf, model, allowed: float, normal: Row, ids) -> Iterator[Row]:
 
 @torch.no_grad()
 def far_logits(hf, model, allowed: float, context: int, seed: int) -> Iterator[Row]:
-    """One row of `context` tokens through every layer: transformers in one pass, ours through the cache in pieces."""
+    """One row of `context` tokens through every layer, in one pass; and its end once more, over what is cached."""
     ids = token_ids(model, 1, context, seed)
-    near = min(2048, context)
-    positions = torch.tensor([0, 1, near - 1, context - 1], device=ids.device)
+    near, end = min(2048, context) - 1, context - 1
+    tail = min(8, context)
+    positions = torch.tensor([0, 1, near, *range(context - tail, context)], device=ids.device)
     hf.set_attn_implementation("sdpa")
     found = hf(ids, use_cache=True, logits_to_keep=positions)
     theirs, past = found.logits, found.past_key_values
-    first = cached_logits(model, ids[:, :near], (1, 1, near - 2), keep=1)
-    names = "position 0, alone", "position 1, alone", f"position {near - 1}, end of a chunk of {near - 2}"
-    for i, name in enumerate(names):
-        yield difference(name, theirs[:, i], first[:, i], allowed)
-    cache = KVCache(model.config, 1, model.device, model.dtype)
-    whole = model(ids, cache=cache, logits_to_keep=1)[0][:, -1]
-    yield difference(f"position {context - 1}, end of a prefill", theirs[:, 3], whole, allowed)
+    cache, hidden = KVCache(model.config, 1, model.device, model.dtype), []
+    hook = model.norm.register_forward_hook(lambda module, inputs, x: hidden.append(x[:, positions]))
+    model(ids, cache=cache, logits_to_keep=1)
+    hook.remove()
+    ours = model.head(hidden[0])
+    for i, position in ((0, 0), (1, 1), (2, near), (-1, end)):
+        yield difference(f"position {position}", theirs[:, i], ours[:, i], allowed)
 
-    # The same token once more, alone over what is cached: a product of one row adds up in another order than one of
-    # thousands, in transformers too, and over 8,192 keys it shows.
+    # A product of one row adds up in another order than one of thousands; over 8,192 keys it shows, there as here.
     past.crop(-1)
     alone = hf(ids[:, -1:], past_key_values=past).logits[:, -1]
-    yield difference("transformers alone: the same token, cached", theirs[:, 3], alone, None)
-    allowed = max(allowed, 2 * (theirs[:, 3] - alone).abs().max().item())
-    ours = model(ids[:, -1:], cache=cache, start=context - 1)[0][:, -1]
-    yield difference(f"position {context - 1}, alone", theirs[:, 3], ours, allowed)
+    yield difference(f"transformers alone: position {end} cached", theirs[:, -1], alone, None)
+    allowed = max(allowed, 2 * (theirs[:, -1] - alone).abs().max().item())
+    for name, size in ((f"positions {context - tail} to {end}, cached", tail), (f"position {end}, cached", 1)):
+        ours = model(ids[:, -size:], cache=cache, start=context - size)[0]
+        yield difference(name, theirs[:, -size:], ours, allowed)
 
 
 def gradients(hf, model, ids) -> Iterator[Row]:
@@ -476,7 +477,7 @@ def verify(s: Settings, folder: Path) -> list[Row]:
     section("weights", ("original", "ours"), weights(hf, model, loading, path))
     section("each part alone, the worst of all layers", ("max diff", "of largest", "allowed"), parts(hf, model, seed))
     section("logits", numbers, logits(hf, model, allowed, normal, ids))
-    section(f"logits along {context:,} tokens, cached", numbers, far_logits(hf, model, allowed, context, seed + 1))
+    section(f"logits along {context:,} tokens", numbers, far_logits(hf, model, allowed, context, seed + 1))
     section("training", ("original", "ours", "diff", "allowed"), gradients(hf, model, ids[:2, :128]))
     section("KV cache against none", numbers, cache(model, allowed, few))
     prompts = ids[:, : min(17, context // 2)]
