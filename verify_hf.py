@@ -243,7 +243,7 @@ def far_logits(hf, model, allowed: float, context: int, seed: int) -> Iterator[R
     alone = hf(ids[:, -1:], past_key_values=past).logits[:, -1]
     yield difference(f"transformers alone: position {end} cached", theirs[:, -1], alone, None)
     allowed = max(allowed, 2 * (theirs[:, -1] - alone).abs().max().item())
-    for name, size in ((f"positions {context - tail} to {end}, cached", tail), (f"position {end}, cached", 1)):
+    for name, size in ((f"position {end}, cached", 1), (f"positions {context - tail} to {end}, cached", tail)):
         ours = model(ids[:, -size:], cache=cache, start=context - size)[0]
         yield difference(name, theirs[:, -size:], ours, allowed)
 
