@@ -8,8 +8,8 @@ How fast, beside whom, and how near the machine's own limit.
 Each contender (ours, transformers, llama.cpp) lives in a process of its own, is warmed up, and then they take turns,
 A B C A B C, so that a machine whose speed drifts drifts for all of them; the median of the rounds is reported, with
 the lowest and highest. Beside it stands what the hardware allows, measured in the same run: training and prefill are
-bound by matrix products (MFU: useful floating-point operations per second over those of a large bf16 product), decoding by
-memory (bytes of weights per second over those of a plain read). Compiling is timed apart, as "setup".
+bound by matrix products (MFU: useful floating-point operations per second over those of a large bf16 product), decoding
+by memory (bytes of weights per second over those of a plain read). Compiling is timed apart, as "setup".
 
 The last line of stdout is one JSON object.
 """
