@@ -117,6 +117,8 @@ class Models:
                 self.loaded.pop((name, int8), None)
                 raise ModelError(f"{name} has gone from the disk. Choose another model, or train it again.")
             files = [(f.name, *stamp(f)) for f in [*weights, *sorted(folder.glob("*.json"))]]
+            if "untrained" in metadata(folder):
+                raise UserError(f"{name} has not been trained yet: it holds random weights until its first evaluation.")
             old = self.loaded.pop((name, int8), None)
             if old is None or old[0] != files:
                 while len(self.loaded) >= LOADED_AT_ONCE:
@@ -326,8 +328,6 @@ def facts(models: Models, name: str, int8: bool) -> tuple[str, str]:
         bpb = f"{float(meta['val_bpb']):.3f} bits per byte"
         line.append(bpb)
         rows.append(("Validation", bpb, "what it takes to encode text it never saw; less is better"))
-    elif meta.get("step") == "0":
-        line.append("not trained yet: these are the weights it began with")
     return f'<p class="status">{escape(" · ".join(line))}</p>', table(rows)
 
 

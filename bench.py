@@ -62,7 +62,7 @@ def training(who: str, device: str, vocab: int, rows: int, T: int):
     if who.startswith("ours"):
         model = SmolLM2(config).to(device).train()
         if who == "ours":
-            model.compile_blocks(dynamic=False)
+            model.compile_for_training()
 
         def loss_of(ids):
             return model(ids[:, :-1], ids[:, 1:], logits_to_keep=-1)[1]
@@ -155,7 +155,7 @@ def decoding(who: str, device: str, folder: str, int8: bool = False):
         if int8:
             model.quantize("int8")
         if who == "ours":
-            model.compile_blocks(dynamic=True)
+            model.compile_for_generation()
 
         def token_times():
             steps = generate(model, prompt, NEW, temperature=0, stop_ids=[])

@@ -150,6 +150,36 @@ PRESETS = {
 # the parts, from the smallest to the whole
 
 
+def linear(x, weight, scale=None):  # (..., C), (N, C) -> (..., N); int8 weights come with a scale (N,) per row
+    """x @ weight.T, the one place where the way to multiply is chosen. All ways agree (tests/test_model.py).
+
+    - Many rows, or a GPU: the library's matrix product. int8 weights are widened first, which many rows pay for.
+    - One row on a CPU is a walk through memory, once over the weights, with two operations for every weight read. The
+      library's bf16 product reaches a third of the memory's speed there. Written as a sum, and compiled, it is a plain
+      loop over the rows of weights, twice as fast.
+    - A few rows of int8, not compiled: a kernel that reads the weights as they are.
+    """
+    if x.device.type == "cpu" and x.numel() == x.size(-1) and torch.compiler.is_compiling():
+        y = (weight.float() * x.flatten().float()).sum(-1)
+        return (y if scale is None else y * scale.float()).to(x.dtype).view(*x.shape[:-1], len(weight))
+    if scale is None:
+        return F.linear(x, weight)
+    if x.device.type == "cpu" and x.numel() < 8 * x.size(-1):
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), weight, scale)
+        return y.view(*x.shape[:-1], len(weight))
+    return F.linear(x, weight.to(x.dtype)) * scale
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, multiplied by linear()."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside whatever the dtype of x:
     a sum of 576 squares in bf16 would keep two or three digits. F.rms_norm is that formula in one kernel."""
@@ -241,10 +271,10 @@ class Attention(nn.Module):
         C, self.H, self.K, self.D = (
             config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
-        self.q_proj = nn.Linear(C, self.H * self.D, bias=False)
-        self.k_proj = nn.Linear(C, self.K * self.D, bias=False)
-        self.v_proj = nn.Linear(C, self.K * self.D, bias=False)
-        self.o_proj = nn.Linear(self.H * self.D, C, bias=False)
+        self.q_proj = Linear(C, self.H * self.D)
+        self.k_proj = Linear(C, self.K * self.D)
+        self.v_proj = Linear(C, self.K * self.D)
+        self.o_proj = Linear(self.H * self.D, C)
 
     def forward(self, x, cos, sin, cache=None, start: int = 0):  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
@@ -263,9 +293,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: SmolLM2Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -334,7 +364,7 @@ class SmolLM2(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.init_weights()
 
     @torch.no_grad()
@@ -383,8 +413,8 @@ class SmolLM2(nn.Module):
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
         if isinstance(self.embed_tokens, Int8Embedding):
-            return int8_linear(x, self.embed_tokens.weight, self.embed_tokens.scale)
-        return F.linear(x, self.embed_tokens.weight)
+            return linear(x, self.embed_tokens.weight, self.embed_tokens.scale)
+        return linear(x, self.embed_tokens.weight)
 
     # ------------------------------------------------------------------------------------------------------------------
     # facts
@@ -413,12 +443,18 @@ class SmolLM2(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
     # speed
 
-    def compile_blocks(self, dynamic: bool):
-        """torch.compile each block in place: no name changes, and all of them share one compiled graph, so it takes
-        some ten seconds, not the minute of compiling 30. dynamic: for generation, whose lengths change; training has
-        one shape. It is the first call that compiles, and that may fail where there is no C++ compiler."""
+    def compile_for_training(self):
+        """torch.compile each block in place: no name changes, and all blocks share one compiled graph, so it takes some
+        twenty seconds, not the minute of compiling thirty. The first call compiles, and fails if there is no compiler.
+        """
         for layer in self.layers:
-            layer.compile(dynamic=dynamic)
+            layer.compile(dynamic=False)
+
+    def compile_for_generation(self):
+        """The same for generate(): the lengths may change without compiling again."""
+        for layer in self.layers:
+            layer.compile(dynamic=True)
+        self.head = torch.compile(self.head, dynamic=True)
 
     @torch.no_grad()
     def quantize(self, kind: str = "int8") -> "SmolLM2":
@@ -429,7 +465,7 @@ class SmolLM2(nn.Module):
         self.embed_tokens = Int8Embedding(self.embed_tokens.weight)
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
+                if isinstance(child, Linear):
                     setattr(parent, name, Int8Linear(child.weight))
         return self
 
@@ -507,14 +543,6 @@ def int8_rows(weight):  # (N, C) -> int8 (N, C) and bf16 (N,): weight is about i
     return (weight.float() / scale.float()[:, None]).round().to(torch.int8), scale
 
 
-def int8_linear(x, weight, scale):  # (..., C) bf16, int8 (N, C), bf16 (N,) -> (..., N) bf16
-    """A few rows: a kernel that reads the weights as they are. Many: one widening pays for itself in the product."""
-    if x.device.type == "cpu" and x.numel() < 8 * x.size(-1):
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), weight, scale)
-        return y.view(*x.shape[:-1], -1)
-    return F.linear(x, weight.to(x.dtype)) * scale
-
-
 class Int8Linear(nn.Module):
     def __init__(self, weight):
         super().__init__()
@@ -522,7 +550,7 @@ class Int8Linear(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x):
-        return int8_linear(x, self.weight, self.scale)
+        return linear(x, self.weight, self.scale)
 
 
 class Int8Embedding(Int8Linear):

@@ -112,7 +112,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What train.py left in the header of model.safetensors: step, val_loss, val_bpb, tokenizer_sha256; or nothing."""
+    """What train.py left in the header of model.safetensors: step, val_loss, val_bpb, tokenizer_sha256; `untrained`
+    until the first evaluation of a run from scratch. Empty for a model that others saved."""
     file = Path(path) / "model.safetensors"
     if not file.is_file():  # sharded, so not one of ours
         return {}
@@ -322,6 +323,8 @@ def main():
     model, tokenizer = load(path, device, pick_dtype(s.dtype), s.quantize)
     facts = [f"{model.num_parameters()['total']:,} parameters", device, s.quantize or str(model.dtype)[6:]]
     facts += [f"{k} {v}" for k, v in metadata(find(path)).items() if k in ("step", "val_bpb")]
+    if "untrained" in metadata(find(path)):
+        facts.append("NOT TRAINED YET: these are the random weights the run began with")
     print(f"{path}: " + ", ".join(facts), file=sys.stderr)  # the text alone goes to stdout
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     for i in range(s.num_samples):

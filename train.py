@@ -537,7 +537,8 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
         state_file.unlink(missing_ok=True)
         (out_dir / "log.jsonl").unlink(missing_ok=True)
         copy_tokenizer(folder, source_dir, out_dir, meta["eos_token"], model.config.max_position_embeddings)
-        model.save_pretrained(out_dir, dict(step="0", tokenizer_sha256=meta["tokenizer_sha256"]))
+        first_weights = dict(step="0", tokenizer_sha256=meta["tokenizer_sha256"])
+        model.save_pretrained(out_dir, first_weights if source_dir else first_weights | {"untrained": "true"})
     for stale in out_dir.glob("*.tmp") if master else ():
         stale.unlink()
     log = Log(out_dir / "log.jsonl", progress["step"]) if master else None
@@ -546,7 +547,7 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
     # we train with `trained`; `model` is the bare module that is saved and sampled from. They share the weights, and
     # blocks are compiled in place, so no name ever gets a prefix.
     if compiled:
-        model.compile_blocks(dynamic=False)
+        model.compile_for_training()
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # stopping: the first signal asks, at the next safe point all processes agree, save and leave; the second insists

@@ -30,7 +30,7 @@ def make_run(path: Path, seed: int = 0, step: int = 200, evaluated: bool = True)
     """A directory as train.py leaves it: a random tiny model, its tokenizer, metadata in the weights, a log."""
     save_hf_directory(path, tiny_hf(seed))
     facts = dict(step=str(step), tokenizer_sha256=file_sha256(path / "tokenizer.json"))
-    facts |= dict(val_loss="3.0", val_bpb="1.5") if evaluated else {}
+    facts |= dict(val_loss="3.0", val_bpb="1.5") if evaluated else dict(untrained="true")
     SmolLM2.from_pretrained(path).save_pretrained(path, facts)
     rows = sorted(LOG + EVALS + SAMPLES, key=lambda row: row["step"])
     (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

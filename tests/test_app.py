@@ -332,9 +332,13 @@ def test_model_card_is_read_from_the_files(runs, tmp_path):
     model, _ = load(runs / "out/a")
     assert f"{model.num_parameters()['total']:,}" in card
     assert "step 200" in line and "1.500 bits per byte" in line and "1.500 bits per byte" in card
+
+
+def test_random_weights_are_never_served(tmp_path):
+    """A run from scratch is a whole model directory before its first evaluation, but there is nothing in it to show."""
     fresh = make_run(tmp_path / "fresh", step=0, evaluated=False)
-    assert "not trained yet" in app.facts(app.Models(str(fresh), "cpu", None), str(fresh), False)[0]
-    assert "not trained yet" not in line
+    with pytest.raises(UserError, match="has not been trained yet"):
+        app.Models(str(fresh), "cpu", None).get(str(fresh))
 
 
 def test_training_reads_a_log_that_is_being_written(runs, tmp_path):

@@ -6,6 +6,7 @@ The comparison with transformers, part by part, is tests/test_parity.py.
 import copy
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from conftest import TINY
 
 import model as m
-from model import PRESETS, ModelError, SmolLM2, SmolLM2Config, attend, atomic
+from model import PRESETS, ModelError, SmolLM2, SmolLM2Config, atomic, attend
 
 
 def tiny(**changes):
@@ -31,7 +32,7 @@ def test_the_released_shapes_have_the_released_counts(name, count):
 
 
 def test_every_parameter_is_initialised_by_rule():
-    """Matrices with std initializer_range, those that write to the residual stream divided by sqrt(2 layers), norms 1."""
+    """Matrices with std initializer_range, those that write to the residual stream over sqrt(2 layers), norms 1."""
     model = tiny(hidden_size=192, intermediate_size=256, head_dim=32)
     for name, p in model.named_parameters():
         if p.dim() == 1:
@@ -170,9 +171,31 @@ def test_int8_model_is_near_and_its_two_ways_agree(tied):
         tiny().quantize("int3")
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_compiled_decoding_is_the_same_model(kind):
+    """One row, compiled, multiplies as a sum; eager by the library. Same logits from the same weights."""
+    plain = tiny().to(torch.float32 if kind == "float32" else torch.bfloat16)
+    fast = copy.deepcopy(plain)
+    if kind == "int8":
+        plain.quantize(), fast.quantize()
+    fast.compile_for_generation()
+    ids, found = torch.randint(3, 512, (1, 24)), []
+    for model in (plain, fast):
+        cache = m.KVCache(model.config, 1, dtype=model.dtype)
+        with torch.inference_mode():
+            steps = [model(ids[:, :7], cache=cache)[0][:, -1]]
+            steps += [model(ids[:, i : i + 1], cache=cache, start=i)[0][:, -1] for i in range(7, 24)]
+        found.append(torch.stack(steps).float())
+    far = (found[0][1:] - found[1][:-1]).abs().mean()  # negative control: one position off
+    near, allowed = (found[0] - found[1]).abs().mean(), 1e-6 if kind == "float32" else 0.02 * float(found[0].std())
+    assert near < allowed < 0.1 * far
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [dict(num_key_value_heads=4), dict(head_dim=7), dict(hidden_size=0), dict(vocab_size="many"), dict(num_hidden_layers=1.5)],
+    [dict(num_key_value_heads=4), dict(head_dim=7), dict(hidden_size=0), dict(vocab_size="many"),
+     dict(num_hidden_layers=1.5)],
 )  # fmt: skip
 def test_impossible_shapes_are_refused_by_name(wrong):
     with pytest.raises(ModelError, match=next(iter(wrong))):

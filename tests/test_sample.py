@@ -1,6 +1,8 @@
 """sample.py: each filter against a distribution worked out by hand; generation against the plainest way to do it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -278,15 +280,14 @@ def test_the_command_prints_the_prompt_and_its_continuation(hf_directory):
 
 def test_sample_and_train_start_without_transformers():
     """transformers costs seconds to import and is not needed to train or sample."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, sample, prepare; assert 'transformers' not in sys.modules"
-    import subprocess
-    import sys
-
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, sample; assert 'transformers' not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_written_config_is_read_alike_by_both_generations_of_transformers(hf_directory):
-    """transformers 4 looks for rope_theta and torch_dtype, 5 for rope_parameters and dtype; each silently falls back."""
+    """transformers 4 wants rope_theta and torch_dtype, 5 rope_parameters and dtype; each silently falls back."""
     model, _ = sample.load(hf_directory)
     model.save_pretrained(hf_directory)
     written = json.loads((hf_directory / "config.json").read_text())
