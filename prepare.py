@@ -504,4 +504,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main, ModelError)
+    guard(main, ModelError, OSError)

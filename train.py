@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 from config import UserError, guard, override
-from model import ModelError, SmolLM2, SmolLM2Config, atomic, write_json
+from model import ModelError, SmolLM2, SmolLM2Config, atomic, read_json, write_json
 from sample import file_sha256, find, generate, load, pick_device, read_tokenizer
 
 
@@ -120,7 +120,8 @@ class Rows:
         self.epoch = -1
 
     def read(self, start: int, count: int) -> np.ndarray:
-        return np.frombuffer(os.pread(self.file.fileno(), 2 * count, 2 * start), dtype="<u2").astype(np.int64)
+        self.file.seek(2 * start)
+        return np.frombuffer(self.file.read(2 * count), dtype="<u2").astype(np.int64)
 
     def __getitem__(self, row: int) -> np.ndarray:  # (T + 1,) int64
         epoch, i = divmod(row, self.per_epoch)
@@ -459,7 +460,8 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
         check_resume(state, s, facts, state_file)
         progress = state["progress"]
         # the weights are in state.pt; the directory holds the best model, which may be an older one
-        config = SmolLM2Config.from_dict(json.loads((out_dir / "config.json").read_text(encoding="utf-8")))
+        progress["lr_decay_iters"] = s.lr_decay_iters or progress["lr_decay_iters"]
+        config = SmolLM2Config.from_dict(read_json(out_dir / "config.json"))
         model = SmolLM2(config)
         model.load_state_dict(state["model"])
     elif s.init_from in ("auto", "scratch"):
@@ -528,6 +530,9 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
             say(f"         the schedule ended at step {progress['lr_decay_iters']:,}; the rest runs at {s.min_lr:g}")
     if progress["step"] >= s.max_iters and progress["evaluated"] == progress["step"]:
         say(f"finished at step {progress['step']:,}. More steps: {again} --max_iters={2 * s.max_iters}")
+        return
+    if resuming and s.patience and progress["since_best"] >= s.patience:
+        say(f"stopped by patience at step {progress['step']:,}. To go on: {again} --patience={2 * s.patience}")
         return
     first_save = min(s.max_iters, (progress["step"] // s.eval_interval + 1) * s.eval_interval)
     say(f"saves    to {out_dir}, first at step {first_save:,}, then every {s.eval_interval:,} steps")
@@ -707,6 +712,7 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
             recent = progress["recent_loss"]
             progress["recent_loss"] = loss if recent is None else 0.9 * recent + 0.1 * loss
         else:
+            scaler.update()
             bad_steps += 1
             progress["skipped"] += 1
             say(f"!! step {step}: loss {loss}, gradient norm {norm}; skipped ({progress['skipped']} so far)")
@@ -756,7 +762,7 @@ def copy_tokenizer(folder: Path, source_dir: Path | None, out_dir: Path, eos_tok
     settings = prepare.tokenizer_config(eos_token, context)
     if source_dir and (source_dir / "tokenizer_config.json").is_file():
         # the class they name may be GPT2Tokenizer, under which transformers 5 forgets to split digits
-        theirs = json.loads((source_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+        theirs = read_json(source_dir / "tokenizer_config.json")
         settings = theirs | {"tokenizer_class": settings["tokenizer_class"]}
     write_json(out_dir / "tokenizer_config.json", settings)
     if source_dir and (source_dir / "chat_template.jinja").is_file():
@@ -764,4 +770,4 @@ def copy_tokenizer(folder: Path, source_dir: Path | None, out_dir: Path, eos_tok
 
 
 if __name__ == "__main__":
-    guard(main, ModelError)
+    guard(main, ModelError, OSError)

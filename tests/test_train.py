@@ -323,6 +323,10 @@ def test_the_model_kept_is_the_best_and_overfitting_is_said(here, monkeypatch, c
     kept = sample.metadata("out/t")
     assert kept["step"] == str(best) and abs(float(kept["val_loss"]) - losses[best]) < 1e-5
     assert best < max(losses) and f"overfitting since step {best}" in out and "stopping: no better" in out
+    stopped = state()["progress"]["step"]
+    flags = ("--max_iters=400", "--eval_interval=20", "--learning_rate=3e-2", "--patience=4", "--log_interval=50")
+    go(monkeypatch, *flags)
+    assert "stopped by patience" in capsys.readouterr().out and state()["progress"]["step"] == stopped
     model, _ = sample.load("out/t")
     meta = prepare.read_meta("t")
     rows = train.validation_rows("data/t/val.bin", meta["val_tokens"], 32, 20)
