@@ -14,14 +14,17 @@ by memory (bytes of weights per second over those of a plain read). Compiling is
 The last line of stdout is one JSON object.
 """
 
+import importlib.metadata
 import json
 import multiprocessing
+import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -256,16 +259,14 @@ class LlamaCpp:
 
         p = xllamacpp.CommonParams()
         p.model.path = str(file)
-        p.n_ctx, p.n_parallel, p.n_gpu_layers = 1024, 1, 0
+        p.n_ctx, p.n_batch, p.n_ubatch, p.n_parallel, p.n_gpu_layers = 1024, 512, 512, 1, 0
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = torch.get_num_threads()
         p.warmup, p.fit_params, p.cache_ram_mib, p.verbosity = True, False, 0, 0
         self.server = xllamacpp.Server(p)
         self.complete([1, 2, 3], 8)
 
     def complete(self, ids: list[int], n: int) -> dict:
-        import urllib.request
-
-        body = dict(prompt=ids, n_predict=n, temperature=0, ignore_eos=True, cache_prompt=False)
+        body = dict(prompt=ids, n_predict=n, ignore_eos=True, cache_prompt=False, samplers=["top_k"], top_k=1)
         request = urllib.request.Request(
             self.server.listening_address + "/completion",
             json.dumps(body).encode(),
@@ -332,7 +333,7 @@ def receive(connection):
         return "failed", "its process died"
 
 
-def contenders_for(work: str, vs: list[str], device: str, folder: str) -> dict[str, tuple]:
+def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: str) -> dict[str, tuple]:
     if work in ("train", "train_full_vocab"):
         shape = (5000, 4, 256) if work == "train" else (49152, 2, 512)
         return {
@@ -341,10 +342,12 @@ def contenders_for(work: str, vs: list[str], device: str, folder: str) -> dict[s
             if who[:4] == "ours" or who in vs
         }
     if work == "prefill":
-        return {who: (prefilling, who, device, folder) for who in ("ours", *vs)}
+        return {who: (prefilling, who, device, ggufs if who == "llamacpp" else folder) for who in ("ours", *vs)}
     if work in ("decode", "decode_int8"):
         names = ("ours", "ours_eager", *(v for v in vs if v == "llamacpp" or work == "decode"))
-        return {who: (decoding, who, device, folder, work == "decode_int8") for who in names}
+        return {
+            who: (decoding, who, device, ggufs if who == "llamacpp" else folder, work == "decode_int8") for who in names
+        }
     if work == "encode":
         return {"ours": (encoding, "ours"), "tokenizers": (encoding, "tokenizers")}
     return {who: (starting, who, folder) for who in ("ours", *(v for v in vs if v == "hf"))}
@@ -402,15 +405,16 @@ def main():
     device = pick_device(s.device)
     started = time.time()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = find(s.model) if s.model else Path(temporary)
-        if not s.model:
-            make_model(folder)
-        read_tokenizer(folder)
-        model = SmolLM2.from_pretrained(folder)
-        weights = model.num_parameters()
-        if "llamacpp" in vs and {"prefill", "decode", "decode_int8"} & set(only):
-            vs = write_ggufs(folder, Path(temporary), vs)
-        del model
+        folder, weights = Path(temporary), {}
+        if {"prefill", "decode", "decode_int8", "startup"} & set(only):
+            if s.model:
+                folder = find(s.model)
+            else:
+                make_model(folder)
+            weights = SmolLM2.from_pretrained(folder).num_parameters()
+            read_tokenizer(folder)
+            if "llamacpp" in vs:
+                vs = write_ggufs(folder, Path(temporary), vs)
         report(s, device, only, vs, folder, Path(temporary), weights, started)
 
 
@@ -431,11 +435,10 @@ def write_ggufs(folder: Path, temporary: Path, vs: list[str]) -> list[str]:
 
 
 def report(s, device, only, vs, folder, temporary, weights, started):
-    gguf_and_model = temporary if folder == temporary else folder
     results, limits = {}, {}
     for work in only:
         print(f"{work}:", end="", flush=True, file=sys.stderr)
-        contenders = contenders_for(work, vs, device, str(gguf_and_model))
+        contenders = contenders_for(work, vs, device, str(folder), str(temporary))
         if work not in ("encode", "startup"):
             contenders["machine"] = (machine, device)
         found = take_turns(contenders, s.repeats)
@@ -445,15 +448,11 @@ def report(s, device, only, vs, folder, temporary, weights, started):
         limits = {k: max(v, limits.get(k, 0)) for k, v in here.items()} or limits
         results[work] = summary(work, found, here, weights)
         print_card(work, results[work])
-    import platform
-
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for name in ("transformers", "xllamacpp"):
+    for name in ("transformers", "xllamacpp", "tokenizers", "tiktoken"):
         try:
-            from importlib.metadata import version
-
-            versions[name] = version(name)
-        except Exception:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     info = dict(
