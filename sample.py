@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -117,8 +117,11 @@ def metadata(path: Path) -> dict[str, str]:
     file = Path(path) / "model.safetensors"
     if not file.is_file():  # sharded, so not one of ours
         return {}
-    with safe_open(file, framework="pt") as f:
-        return f.metadata() or {}
+    try:
+        with safe_open(file, framework="pt") as f:
+            return f.metadata() or {}
+    except SafetensorError as error:
+        raise ModelError(f"{file} is damaged ({error}). Copy it again, or train again.") from None
 
 
 def file_sha256(path) -> str:
