@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network, whatever cache this machine has
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: a second thread costs more than it brings
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -26,7 +27,7 @@ TEXT = (ROOT / "data/shakespeare/play.txt").read_text(encoding="utf-8")[:30000]
 
 @pytest.fixture(autouse=True)
 def fresh_torch_state():
-    """Two threads, a fixed seed and the default dtype for every test, whatever the one before it did."""
+    """A fixed seed and the default dtype for every test, whatever the one before it did."""
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
