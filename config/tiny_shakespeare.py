@@ -1,4 +1,4 @@
-# A small SmolLM2 on Shakespeare: about three minutes on two CPU cores.
+# A small SmolLM2 on Shakespeare: about four minutes on two CPU cores.
 #   python train.py config/tiny_shakespeare.py
 out_dir = "out/tiny_shakespeare"
 dataset = "shakespeare_1k"
