@@ -73,7 +73,7 @@ def print_section(title: str, columns: tuple, rows: Iterator[Row]) -> list[Row]:
 
     def line(name, cells, result=""):
         cells = [f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells] + [""] * (4 - len(cells))
-        print((f"{name:<52}" + "".join(f"{c:>13}" for c in cells) + f"{result:>6}").rstrip(), flush=True)
+        print((f"{name:<48}" + "".join(f"{c:>14}" for c in cells) + f"{result:>6}").rstrip(), flush=True)
 
     print()
     line(title, columns)
@@ -235,7 +235,7 @@ def far_logits(hf, model, allowed: float, context: int, seed: int) -> Iterator[R
     model(ids, cache=cache, logits_to_keep=1)
     hook.remove()
     ours = model.head(hidden[0])
-    for i, position in ((0, 0), (1, 1), (2, near), (-1, end)):
+    for position, i in {0: 0, 1: 1, near: 2, end: -1}.items():
         yield difference(f"position {position}", theirs[:, i], ours[:, i], allowed)
 
     # A product of one row adds up in another order than one of thousands; over 8,192 keys it shows, there as here.
@@ -277,7 +277,7 @@ def gradients(hf, model, ids) -> Iterator[Row]:
         worst = max(found, key=lambda n: found[n][1])
         cells = len(expected), len(found), f"{found[worst][1]:.1e}", f"{GRADIENT:.0e}"
         ok = not lost and found[worst][1] <= GRADIENT
-        yield Row("gradient of every parameter, worst of its largest", cells, ok, "" if ok else (lost or [worst])[0])
+        yield Row("gradient of every parameter, worst of largest", cells, ok, "" if ok else (lost or [worst])[0])
     hf.zero_grad()
 
 
