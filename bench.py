@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -157,11 +158,11 @@ def decoding(who: str, device: str, folder: str, int8: bool = False):
         model = SmolLM2.from_pretrained(folder, device, torch.bfloat16)
         if int8:
             model.quantize("int8")
-        if who == "ours":
+        if device != "cpu":
             model.compile_for_generation()
 
         def token_times():
-            steps = generate(model, prompt, NEW, temperature=0, stop_ids=[])
+            steps = generate(model, prompt, NEW, temperature=0, stop_ids=[], use_c=who == "ours")
             return [synchronize(device) or time.perf_counter() for _ in steps]
 
     def rate():
@@ -289,9 +290,17 @@ def serve(connection, contender, arguments):
         connection.send(("ready", time.perf_counter() - started))
         while connection.recv():
             connection.send(("round", next(rounds)))
-        connection.send(("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        connection.send(("peak", peak_mb()))
     except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+
+
+def peak_mb() -> float:
+    """The most memory this process has held. (getrusage would count what its parent held when it was started.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def take_turns(contenders: dict[str, tuple], repeats: int) -> dict:
@@ -344,7 +353,7 @@ def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: st
     if work == "prefill":
         return {who: (prefilling, who, device, ggufs if who == "llamacpp" else folder) for who in ("ours", *vs)}
     if work in ("decode", "decode_int8"):
-        names = ("ours", "ours_eager", *(v for v in vs if v == "llamacpp" or work == "decode"))
+        names = ("ours", "ours_plain", *(v for v in vs if v == "llamacpp" or work == "decode"))
         return {
             who: (decoding, who, device, ggufs if who == "llamacpp" else folder, work == "decode_int8") for who in names
         }
@@ -474,7 +483,7 @@ def report(s, device, only, vs, folder, temporary, weights, started):
 
 
 def print_card(work: str, r: dict):
-    names = [n for n in r if n in ("ours", "ours_eager", "hf", "llamacpp", "tokenizers")]
+    names = [n for n in r if n in ("ours", "ours_eager", "ours_plain", "hf", "llamacpp", "tokenizers")]
     rows = []
     for name in names:
         if r[name] is None:

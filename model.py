@@ -153,31 +153,34 @@ PRESETS = {
 def linear(x, weight, scale=None):  # (..., C), (N, C) -> (..., N); int8 weights come with a scale (N,) per row
     """x @ weight.T, the one place where the way to multiply is chosen. All ways agree (tests/test_model.py).
 
-    - Many rows, or a GPU: the library's matrix product. int8 weights are widened first, which many rows pay for.
-    - One row on a CPU is a walk through memory, once over the weights, with two operations for every weight read. The
-      library's bf16 product reaches a third of the memory's speed there. Written as a sum, and compiled, it is a plain
-      loop over the rows of weights, twice as fast.
-    - A few rows of int8, not compiled: a kernel that reads the weights as they are.
+    int8 weights are widened first, which many rows pay for. A few rows on a CPU take a kernel that reads them as they
+    are, if the matrix is made of whole vectors: beyond others it would read on. (One row at a time on a CPU, which is
+    what generating text is, has a faster way around all of this: decode.c.)
     """
-    if x.device.type == "cpu" and x.numel() == x.size(-1) and torch.compiler.is_compiling():
-        y = (weight.float() * x.flatten().float()).sum(-1)
-        return (y if scale is None else y * scale.float()).to(x.dtype).view(*x.shape[:-1], len(weight))
     if scale is None:
         return F.linear(x, weight)
-    if x.device.type == "cpu" and x.numel() < 8 * x.size(-1):
+    if x.device.type == "cpu" and x.numel() < 8 * x.size(-1) and not (weight.size(0) % 32 or weight.size(1) % 32):
         y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), weight, scale)
         return y.view(*x.shape[:-1], len(weight))
     return F.linear(x, weight.to(x.dtype)) * scale
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, multiplied by linear()."""
+    """A matrix without bias, multiplied by linear(). Filled by SmolLM2.init_weights, or from a file."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
+    def reset_parameters(self):
+        pass  # the default would draw numbers only for them to be replaced
+
     def forward(self, x):
         return linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        pass
 
 
 class RMSNorm(nn.Module):
@@ -213,20 +216,18 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: SmolLM2Config):
         super().__init__()
         self.config = config
-        cos, sin = rope_tables(config)
+        here = torch.empty(0).device  # what `with torch.device(...)` asks for; tables are cheap, so never on "meta"
+        cos, sin = rope_tables(config, "cpu" if here.type == "meta" else here)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def _apply(self, fn, recurse=True):
         # model.to(torch.bfloat16) casts buffers too, and in bf16 the angles of 2047 and 2048 are one and the same.
-        # Let it move them, then put back what it rounded. This also fills tables that were made on the meta device.
+        # Let it move them, then put back what it rounded.
         super()._apply(fn, recurse)
-        if self.cos.dtype != torch.float32 or self.cos.is_meta:
-            self.reset(self.cos.device)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = rope_tables(self.config, self.cos.device)
         return self
-
-    def reset(self, device):
-        self.cos, self.sin = rope_tables(self.config, device)
 
 
 def rotate(x, cos, sin):  # x (B, heads, T, D), cos and sin (T, D) fp32 -> (B, heads, T, D) in the dtype of x
@@ -359,13 +360,14 @@ class SmolLM2(nn.Module):
     def __init__(self, config: SmolLM2Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.init_weights()
+        if not self.norm.weight.is_meta:  # on the meta device there is nothing to fill
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -451,7 +453,7 @@ class SmolLM2(nn.Module):
             layer.compile(dynamic=False)
 
     def compile_for_generation(self):
-        """The same for generate(): the lengths may change without compiling again."""
+        """The same for generate() on a GPU: the lengths may change without compiling again. (A CPU has decode.c.)"""
         for layer in self.layers:
             layer.compile(dynamic=True)
         self.head = torch.compile(self.head, dynamic=True)
@@ -502,7 +504,6 @@ class SmolLM2(nn.Module):
             raise ModelError(f"{path} does not hold the model its config.json describes: {'; '.join(wrong[:5])}{more}.")
         own = {name: tensors[hf_name(name)] for name, _ in model.named_parameters()}
         model.load_state_dict(own, assign=True)
-        model.rotary.reset("cpu")
         return model.to(device=device, dtype=dtype).requires_grad_(True).eval()
 
     def save_pretrained(self, path, metadata: dict[str, str] | None = None):

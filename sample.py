@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from config import UserError, guard, override
+from decode import Decoder, reason_against
 from model import KVCache, ModelError, SmolLM2
 
 
@@ -42,6 +43,7 @@ class Settings:
     seed: int = 1337  # sample i uses seed + i, so one sample can be had again alone
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: str = "auto"  # float32 or bfloat16; auto is what the file holds
+    use_c: bool = True  # on a CPU, decode.c computes the tokens after the prompt; False: model.py does, at a quarter
     quantize: str = ""  # int8: weights of one byte each, half the memory traffic of bfloat16
 
 
@@ -206,7 +208,12 @@ def next_token(
         logits = keep_top_p(logits, top_p)
     if min_p is not None:
         logits = keep_min_p(logits, min_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    # One random number per row, and the token whose stretch of the cumulative probabilities it falls on; one of
+    # probability 0 has no stretch. (torch.multinomial draws a number for every token: a millisecond for 49,152.)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
+    up_to = logits.to(wide).softmax(-1).cumsum(-1)
+    draw = torch.rand(len(logits), 1, dtype=wide, device=logits.device, generator=generator)
+    return torch.searchsorted(up_to, draw * up_to[:, -1:], right=True)[:, 0]
 
 
 def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens):
@@ -246,12 +253,13 @@ def prefill(model, ids, cache, start: int = 0):
 def generate(
     model, prompt_ids, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int | None = None,
     top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
-    seed: int | None = None, stop_ids=None, with_logits: bool = False,
+    seed: int | None = None, stop_ids=None, with_logits: bool = False, use_c: bool = True,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     """Yield the next token ids, (B,) int64 on the model's device, one tensor a step; with_logits: (ids, logits (B, V)).
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
+    use_c: one row on a CPU goes through decode.c once the prompt is read, same logits but for rounding; False never.
     stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has
     ended yields it again until the other rows have ended too.
 
@@ -275,6 +283,7 @@ def generate(
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
     cache = KVCache(model.config, len(ids), model.device, model.dtype)
+    decoder = Decoder(model) if use_c and len(ids) == 1 and not reason_against(model) else None
     logits = prefill(model, window, cache)
     for n in range(max_new_tokens):
         with torch.inference_mode():
@@ -291,7 +300,8 @@ def generate(
             logits = prefill(model, window, cache)
         else:
             window = torch.cat((window, new[:, None]), dim=1)
-            logits = prefill(model, new[:, None], cache, start=window.size(1) - 1)
+            start = window.size(1) - 1
+            logits = decoder(int(new), cache, start) if decoder else prefill(model, new[:, None], cache, start)
 
 
 def stream_text(tokenizer: Tokenizer, steps: Iterator[torch.Tensor]) -> Iterator[str]:
@@ -329,6 +339,8 @@ def main():
     if "untrained" in metadata(find(path)):
         facts.append("NOT TRAINED YET: these are the random weights the run began with")
     print(f"{path}: " + ", ".join(facts), file=sys.stderr)  # the text alone goes to stdout
+    if s.use_c and device == "cpu" and (reason := reason_against(model)):
+        print(f"slower than it need be, by model.py alone: {reason}", file=sys.stderr)
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     for i in range(s.num_samples):
         count, started, first = 0, time.perf_counter(), None
@@ -342,7 +354,7 @@ def main():
         print(prompt, end="", flush=True)
         steps = generate(
             model, prompt_ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty,
-            seed=s.seed + i,
+            seed=s.seed + i, use_c=s.use_c,
         )  # fmt: skip
         for piece in stream_text(tokenizer, counted(steps)):
             print(piece, end="", flush=True)

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from config import UserError, guard, override
+from decode import Decoder, proven, reason_against
 from model import PRESETS, KVCache, ModelError, SmolLM2, SmolLM2Config, hf_name, read_tensors, rotate
 from sample import find, generate, load, pick_device, read_tokenizer
 
@@ -135,6 +136,16 @@ def cached_logits(model, ids, sizes, keep: int = 0):
         out.append(model(ids[:, start : start + size], cache=cache, start=start, logits_to_keep=keep)[0])
         start += size
     return torch.cat(out, dim=1)
+
+
+def decoded_logits(model, ids):
+    """Logits of ids (B, T), row by row and token by token through decode.c. (Rows judge it here, not it itself.)"""
+    proven.add(model)
+    out = []
+    for row in ids.tolist():
+        decoder, cache = Decoder(model), KVCache(model.config, 1, model.device, model.dtype)
+        out.append(torch.stack([decoder(i, cache, position) for position, i in enumerate(row)], dim=1))
+    return torch.cat(out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,16 +300,20 @@ def cache(model, allowed: float, ids) -> Iterator[Row]:
     ways = {"one prefill": (T,), f"chunks of 5, 7, 1, {T - 13}": (5, 7, 1, T - 13), "token by token": (1,) * T}
     for name, sizes in ways.items():
         yield difference(f"{name}, {len(ids)} x {T} positions", whole, cached_logits(model, ids, sizes), allowed)
+    if reason := reason_against(model):
+        yield Row(f"decode.c: {reason}", ok=None)
+    else:
+        yield difference(f"decode.c, token by token, {T} positions", whole[:1], decoded_logits(model, ids[:1]), allowed)
 
     # the same weights under a context so short that a few tokens run over it
     count, short = 8, min(32, model.config.max_position_embeddings)
     with torch.device("meta"):
         brief = SmolLM2(replace(model.config, max_position_embeddings=short))
     brief.load_state_dict(model.state_dict(), assign=True)
-    brief.rotary.reset(model.device)
+    brief.rotary.to(model.device)
     for T in (short // 2, short - 1, short, short + 1, 2 * short + 6):
         prompt = ids.flatten()[:T]
-        steps = list(generate(brief, prompt, count, temperature=0, stop_ids=[], with_logits=True))
+        steps = list(generate(brief, prompt, count, temperature=0, stop_ids=[], with_logits=True, use_c=False))
         new, seen = [int(i) for i, _ in steps], torch.cat([x for _, x in steps])
         whole, expected = without_cache(brief, prompt, count)
         row = difference(f"a context of {short}, prompt of {T}, {count} tokens", whole, seen, allowed)
@@ -330,6 +345,12 @@ def greedy(hf, model, ids) -> Iterator[Row]:
     same = int((theirs == ours).sum()) if theirs.shape == ours.shape else 0
     cells = theirs.numel(), same, f"{(best[..., 0] - best[..., 1]).min():.1e}"
     yield Row(f"{len(ids)} prompts, {count} tokens each", cells, same == theirs.numel() == len(ids) * count)
+    proven.add(model)
+    alone = [int(i) for i in generate(model, ids[0], count, temperature=0, stop_ids=[])]
+    same = sum(a == b for a, b in zip(theirs[0].tolist(), alone))
+    yield Row(
+        f"the first prompt alone ({'model.py' if reason_against(model) else 'decode.c'})", (count, same), same == count
+    )
 
 
 STRINGS = [  # where tokenizers go wrong
@@ -425,9 +446,19 @@ def precision(path, exact, ids, device) -> Iterator[Row]:
     T, few = ids.size(1), min(ids.size(1), 32)
     cells = f"{theirs:.2%}", f"{error(x):.2%}", agreement(x), f"{BF16 * theirs:.2%}"
     yield Row(f"bf16 logits, {T} positions", cells, error(x) <= BF16 * theirs)
+    in_c = not reason_against(model)
+    if in_c:
+        x = decoded_logits(model, ids[:, :few])
+        cells = "", f"{error(x):.2%}", agreement(x), f"{BF16 * theirs:.2%}"
+        yield Row(f"decode.c, bf16 logits, {few} one by one", cells, error(x) <= BF16 * theirs)
     model.quantize("int8")
-    for name, sizes in ((f"{T} positions", (T,)), (f"{few} positions one by one", (1,) * few)):  # a kernel for each
-        x = cached_logits(model, ids, sizes)
+    found = {
+        f"{T} positions": cached_logits(model, ids, (T,)),
+        f"{few} one by one": cached_logits(model, ids, (1,) * few),
+    }
+    if in_c:
+        found["in decode.c"] = decoded_logits(model, ids[:, :few])
+    for name, x in found.items():  # each has a kernel of its own
         cells = "", f"{error(x):.2%}", agreement(x), f"{INT8 * theirs:.2%}"
         yield Row(f"int8 logits, {name}", cells, error(x) <= INT8 * theirs)
 

@@ -1,0 +1,221 @@
+/*
+One token through SmolLM2 on a CPU: model.py's forward pass for one row, written for the memory it has to read.
+
+decode.py compiles this file when it is first needed, in about a second, and calls step(). What one token costs is a
+walk over all weights, once, with two operations for each: the processor waits for memory. PyTorch adds to that some
+700 calls with a few microseconds each and products that were made for many rows; here there is one call, and each
+thread reads its share of every matrix from front to back. Activations are fp32 throughout, whatever the weights are.
+
+Shapes: C hidden, I intermediate, H query heads, K key/value heads, G = H / K, D head dim, V vocabulary.
+*/
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* Every caller passes the kind as a constant, so that each inlined copy holds the code of one kind only. */
+enum { F32, BF16, INT8 };
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const void *data;   /* rows x columns, one row after the other */
+    const float *scale; /* one factor per row for INT8, else NULL */
+    int kind, rows, columns;
+} Matrix;
+
+typedef struct {
+    const float *input_layernorm, *post_attention_layernorm;
+    Matrix q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
+    void *keys, *values; /* (K, capacity, D): the cache of this layer */
+} Layer;
+
+typedef struct {
+    int C, I, L, H, K, D, V, capacity, cache_kind, threads;
+    float eps;
+    const float *norm, *cos, *sin; /* (C), and (D) each for this position */
+    Matrix embed_tokens, head;
+    Layer *layers;
+    float *x, *q, *attended, *hidden; /* room for C, H D, H D and I floats: what the threads share */
+} Model;
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   numbers of each kind, and the sum of their products: the loops that take the time, left to the compiler to vectorise */
+
+INLINE float load(int kind, const void *data, long i) {
+    if (kind == F32) return ((const float *)data)[i];
+    if (kind == INT8) return ((const int8_t *)data)[i];
+    uint32_t word = (uint32_t)((const uint16_t *)data)[i] << 16; /* bf16 is the upper half of fp32 */
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+INLINE void store(int kind, void *data, long i, float value) { /* into the cache, which is fp32 or bf16 */
+    if (kind == F32) {
+        ((float *)data)[i] = value;
+        return;
+    }
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    ((uint16_t *)data)[i] = (word + 0x7fff + (word >> 16 & 1)) >> 16; /* to the nearest, ties to even */
+}
+
+INLINE float dot(int kind, const void *data, long start, const float *x, int n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) sum += load(kind, data, start + i) * x[i];
+    return sum;
+}
+
+/* sixteen 32-bit numbers: GCC and Clang compute with these types, in whatever vectors the processor has */
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
+#define PRODUCT(bytes, x) (__builtin_convertvector(bytes, Floats) * *(const Floats *)(x))
+
+INLINE float dot_bytes(const int8_t *data, const float *x, int n) {
+    /* Widening a byte to fp32 takes longer than the memory does, unless four are read as one word and cut out of it by
+       shifts. x comes sorted to match: the partners of the words' first bytes, then those of the second bytes ... */
+    Floats a = {0}, b = {0}, c = {0}, d = {0};
+    int q = n / 4, i = 0;
+    for (; i + 16 <= q; i += 16) {
+        Ints word = *(const Ints *)(data + 4 * i);
+        a += PRODUCT(word << 24 >> 24, x + i);
+        b += PRODUCT(word << 16 >> 24, x + q + i);
+        c += PRODUCT(word << 8 >> 24, x + 2 * q + i);
+        d += PRODUCT(word >> 24, x + 3 * q + i);
+    }
+    a = (a + b) + (c + d);
+    float sum = 0;
+    for (int j = 0; j < 16; j++) sum += a[j];
+    for (; i < q; i++)
+        for (int k = 0; k < 4; k++) sum += data[4 * i + k] * x[k * q + i];
+    return sum;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   the parts */
+
+INLINE void multiply_in(int kind, const Matrix *m, const float *x, float *y, int from, int to) {
+    for (int r = from; r < to; r++) y[r] = dot(kind, m->data, (long)r * m->columns, x, m->columns);
+}
+
+static void multiply(const Matrix *m, const float *x, float *y, int from, int to) { /* rows from .. to - 1 of y = m x */
+    int n = m->columns;
+    if (m->kind == F32) multiply_in(F32, m, x, y, from, to);
+    if (m->kind == BF16) multiply_in(BF16, m, x, y, from, to);
+    if (m->kind == INT8) {
+        float sorted[n]; /* n is a multiple of 4 */
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < n / 4; i++) sorted[k * (n / 4) + i] = x[4 * i + k];
+        for (int r = from; r < to; r++)
+            y[r] = dot_bytes((const int8_t *)m->data + (long)r * n, sorted, n) * m->scale[r];
+    }
+}
+
+static void rms_norm(const float *x, const float *weight, float eps, int n, float *y) {
+    float scale = 1.0f / sqrtf(dot(F32, x, 0, x, n) / n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int D) { /* RoPE: dimension i pairs with i + D/2 */
+    for (int i = 0; i < D / 2; i++) {
+        float a = x[i], b = x[i + D / 2];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + D / 2] = b * cos[i] + a * sin[i];
+    }
+}
+
+INLINE void attend_in(int kind, const Model *m, const Layer *layer, int head, int position) {
+    /* One query head over positions 0 .. position, in one pass: when a score exceeds all before it, what has been summed
+       up is scaled down to match. This is the online softmax of FlashAttention (https://arxiv.org/abs/2205.14135). */
+    int D = m->D, group = head / (m->H / m->K);
+    const float *q = m->q + head * D;
+    float *y = m->attended + head * D, highest = -INFINITY, sum = 0;
+    memset(y, 0, sizeof(float) * D);
+    for (int t = 0; t <= position; t++) {
+        long row = ((long)group * m->capacity + t) * D;
+        float score = dot(kind, layer->keys, row, q, D) / sqrtf(D);
+        if (score > highest) {
+            float shrink = expf(highest - score);
+            for (int i = 0; i < D; i++) y[i] *= shrink;
+            sum *= shrink;
+            highest = score;
+        }
+        float weight = expf(score - highest);
+        sum += weight;
+        for (int i = 0; i < D; i++) y[i] += weight * load(kind, layer->values, row + i);
+    }
+    for (int i = 0; i < D; i++) y[i] /= sum;
+}
+
+static void attend(const Model *m, const Layer *layer, int head, int position) {
+    if (m->cache_kind == F32) attend_in(F32, m, layer, head, position);
+    if (m->cache_kind == BF16) attend_in(BF16, m, layer, head, position);
+}
+
+static void project_head(const Model *m, const Layer *layer, const float *x, int head, int position) {
+    /* heads 0 .. H-1 are queries, then K keys, then K values; keys and values go to the cache */
+    int D = m->D, K = m->K, h = head;
+    if (h < m->H) {
+        multiply(&layer->q_proj, x, m->q, h * D, (h + 1) * D);
+        rotate(m->q + h * D, m->cos, m->sin, D);
+        return;
+    }
+    h -= m->H;
+    int value = h >= K;
+    if (value) h -= K;
+    float y[K * D];
+    multiply(value ? &layer->v_proj : &layer->k_proj, x, y, h * D, (h + 1) * D);
+    if (!value) rotate(y + h * D, m->cos, m->sin, D);
+    long row = ((long)h * m->capacity + position) * D;
+    for (int i = 0; i < D; i++) store(m->cache_kind, value ? layer->values : layer->keys, row + i, y[h * D + i]);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   the whole: each thread does its share of the rows, and waits for the others where the next part needs all of them */
+
+#define SHARE(n, i) for (int i = (long)(n) * thread / threads, i##_end = (long)(n) * (thread + 1) / threads; i < i##_end; i++)
+
+void step(const Model *m, int token, int position, float *logits) {
+    int C = m->C, I = m->I;
+    float *x = m->x; /* the residual stream */
+    for (int i = 0; i < C; i++) {
+        const Matrix *e = &m->embed_tokens;
+        x[i] = load(e->kind, e->data, (long)token * C + i) * (e->kind == INT8 ? e->scale[token] : 1.0f);
+    }
+#pragma omp parallel num_threads(m->threads)
+    {
+        int thread = 0, threads = 1;
+#ifdef _OPENMP
+        thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#endif
+        float normed[C], y[C > I ? C : I]; /* every thread has its own, so that a norm needs no waiting */
+        int c0 = (long)C * thread / threads, c1 = (long)C * (thread + 1) / threads;
+        int i0 = (long)I * thread / threads, i1 = (long)I * (thread + 1) / threads;
+        for (int l = 0; l < m->L; l++) {
+            const Layer *layer = m->layers + l;
+            rms_norm(x, layer->input_layernorm, m->eps, C, normed);
+            SHARE(m->H + 2 * m->K, head) project_head(m, layer, normed, head, position);
+#pragma omp barrier
+            SHARE(m->H, head) attend(m, layer, head, position);
+#pragma omp barrier
+            multiply(&layer->o_proj, m->attended, y, c0, c1);
+            for (int i = c0; i < c1; i++) x[i] += y[i];
+#pragma omp barrier
+            rms_norm(x, layer->post_attention_layernorm, m->eps, C, normed);
+            multiply(&layer->gate_proj, normed, m->hidden, i0, i1);
+            multiply(&layer->up_proj, normed, y, i0, i1);
+            for (int i = i0; i < i1; i++) m->hidden[i] *= y[i] / (1.0f + expf(-m->hidden[i]));
+#pragma omp barrier
+            multiply(&layer->down_proj, m->hidden, y, c0, c1);
+            for (int i = c0; i < c1; i++) x[i] += y[i];
+#pragma omp barrier
+        }
+        rms_norm(x, m->norm, m->eps, C, normed);
+        int v0 = (long)m->V * thread / threads, v1 = (long)m->V * (thread + 1) / threads;
+        multiply(&m->head, normed, logits, v0, v1);
+    }
+}

@@ -1,0 +1,219 @@
+"""decode.c against model.py: the same logits from the same weights and the same cache, in fp32, bf16 and int8.
+
+The reference for all three is the plain forward pass in fp32 on the weights as they were rounded: decode.c keeps its
+activations in fp32, so nothing but the order of additions, and the rounding of a bf16 cache, may differ.
+"""
+
+import copy
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import decode
+import sample
+from decode import Decoder
+from model import KVCache, ModelError, SmolLM2, SmolLM2Config, int8_rows
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="decode.c needs a C compiler (cc, gcc or clang)"
+)
+IDS = torch.randint(3, 512, (1, 40), generator=torch.Generator().manual_seed(1))
+
+
+def pair(kind: str, **changes):
+    """The model in `kind`, and in fp32 a model of exactly the same, already rounded, weights."""
+    torch.manual_seed(0)
+    model = SmolLM2(SmolLM2Config.from_dict({"model_type": "llama"} | TINY | changes)).eval()
+    exact = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in exact.parameters():
+            if kind != "float32":
+                p.copy_(p.to(torch.bfloat16).float())
+            if kind == "int8" and p.dim() == 2:
+                q, scale = int8_rows(p)
+                p.copy_(q.float() * scale.float()[:, None])
+    if kind != "float32":
+        model.to(torch.bfloat16)
+    return (model.quantize() if kind == "int8" else model), exact
+
+
+def decoded(model, ids=IDS, start: int = 0, cache=None):
+    """Logits (T, V) of ids (1, T), one token after the other."""
+    decoder, cache = Decoder(model), cache or KVCache(model.config, 1, dtype=model.dtype)
+    return torch.cat([decoder(int(i), cache, start + n) for n, i in enumerate(ids[0])])
+
+
+SHAPES = {
+    "grouped": {},
+    "every head its own": dict(num_key_value_heads=6),
+    "one for all": dict(num_attention_heads=5, num_key_value_heads=1, head_dim=20),
+    "untied": dict(tie_word_embeddings=False),
+    "no multiple of 16": dict(hidden_size=52, intermediate_size=76, head_dim=6, vocab_size=515),
+}
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_logits_are_those_of_the_plain_pass(kind, shape, threads, monkeypatch):
+    """All positions, from an empty cache on. Negative control: one token off is far off."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model, exact = pair(kind, **SHAPES[shape])
+    with torch.no_grad():
+        expected = exact(IDS)[0][0]
+    found = decoded(model)
+    allowed = 5e-6 if kind == "float32" else 1e-2 * float(expected.std())  # keys and values are bf16 in the cache
+    assert found.dtype == torch.float32 and (found - expected).std() < allowed
+    assert (found[1:] - expected[:-1]).std() > 50 * allowed
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_it_goes_on_from_a_prefill_and_back(kind):
+    """The cache is model.py's own: what one writes the other reads, also after the buffers have grown."""
+    model, _ = pair(kind)
+    cache = KVCache(model.config, 1, dtype=model.dtype)
+    ids = torch.randint(3, 512, (1, 64), generator=torch.Generator().manual_seed(2))
+    sample.prefill(model, ids[:, :30], cache)
+    middle = decoded(model, ids[:, 30:50], 30, cache)
+    with torch.inference_mode():
+        end = model(ids[:, 50:], cache=cache, start=50)[0][0]
+        expected = model(ids)[0][0]
+    allowed = 2e-5 if kind == "float32" else 0.1 * float(expected.float().std())
+    assert (middle - expected[30:50]).abs().max() < allowed and (end - expected[50:]).abs().max() < allowed
+    decoder, small = Decoder(model), KVCache(model.config, 1, dtype=model.dtype)
+    found = torch.cat([decoder(int(i), small, n) for n, i in enumerate(ids[0])])  # capacity 64, in one decoder
+    assert (found - expected).abs().max() < allowed
+
+
+def test_generate_takes_it_and_says_the_same(hf_directory, monkeypatch):
+    """One row on a CPU goes through decode.c; several rows, fp16 and use_c=False do not. Greedy text is the same."""
+    model, _ = sample.load(hf_directory)
+    calls = []
+    real = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, *a: calls.append(1) or real(self, *a))
+
+    def text(model, prompt=(5, 6, 7), **more):
+        calls.clear()
+        return [
+            i.tolist() for i in sample.generate(model, torch.tensor(prompt), 50, temperature=0, stop_ids=[], **more)
+        ]
+
+    fast = text(model)
+    assert len(calls) == 49  # the first token comes with the prompt
+    assert text(model, use_c=False) == fast and not calls
+    assert [i[:1] for i in text(model, [[5, 6, 7], [9, 8, 7]])] == fast and not calls
+    text(copy.deepcopy(model).to(torch.float16))
+    assert not calls
+
+
+def test_a_changed_model_is_noticed(hf_directory):
+    """Whoever changes the forward pass in model.py must not be answered by the old one in decode.c."""
+    model, _ = sample.load(hf_directory)
+    model.layers[1].mlp.forward = lambda x: x * 0
+    with pytest.raises(ModelError, match="decode.c and model.py disagree"):
+        list(sample.generate(model, [5, 6, 7], 3, temperature=0))
+    assert len(list(sample.generate(model, [5, 6, 7], 3, temperature=0, stop_ids=[], use_c=False))) == 3
+
+
+def test_weights_that_train_on_are_followed(hf_directory):
+    """A decoder reads the weights where they are: the next text after a change is the changed model's."""
+    model, _ = sample.load(hf_directory)
+    before = decoded(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+        expected = model(IDS)[0][0]
+    assert (decoded(model) - expected).abs().max() < 2e-5 < (before - expected).abs().max()
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """decode.c in a folder of its own, so that nothing is compiled yet."""
+    shutil.copy(decode.SOURCE, tmp_path)
+    monkeypatch.setattr(decode, "SOURCE", tmp_path / "decode.c")
+    decode.library.cache_clear()
+    yield tmp_path
+    decode.library.cache_clear()
+
+
+def test_without_a_compiler_the_text_comes_all_the_same(hf_directory, elsewhere, monkeypatch, capsys):
+    """And the command says why it is slower."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    model, _ = sample.load(hf_directory)
+    assert "no C compiler" in decode.reason_against(model)
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--model={hf_directory}", "--max_new_tokens=3"])
+    sample.main()
+    assert "slower than it need be, by model.py alone: no C compiler" in capsys.readouterr().err
+
+
+def test_source_that_does_not_compile_is_a_reason(hf_directory, elsewhere):
+    (elsewhere / "decode.c").write_text("this is not C")
+    model, _ = sample.load(hf_directory)
+    assert "decode.c did not compile" in decode.reason_against(model)
+    assert not list((elsewhere / "__pycache__").iterdir())  # no litter
+
+
+def first_load(source):
+    decode.SOURCE = Path(source)
+    decode.library()
+
+
+def test_it_is_compiled_once_and_two_at_a_time_do_not_meet(elsewhere):
+    """Four processes at once on an empty folder all load it, and leave one file; a changed source is another file."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=first_load, args=(decode.SOURCE,)) for _ in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert [w.exitcode for w in workers] == [0] * 4
+    (made,) = (elsewhere / "__pycache__").iterdir()
+    stamp = made.stat().st_mtime_ns
+    decode.library()
+    assert made.stat().st_mtime_ns == stamp
+    with open(decode.SOURCE, "a") as f:
+        f.write("/* changed */\n")
+    decode.library.cache_clear()
+    decode.library()
+    assert len(list((elsewhere / "__pycache__").iterdir())) == 2
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root writes everywhere, Windows knows no such modes")
+def test_a_folder_that_cannot_be_written_is_no_obstacle(elsewhere):
+    elsewhere.chmod(0o500)
+    decode.library()
+    elsewhere.chmod(0o700)
+    assert not (elsewhere / "__pycache__").exists()
+
+
+def test_no_sanitizer_complains(elsewhere, tmp_path):
+    """Reads and writes stay inside the tensors: a process of its own runs under the address sanitizer, on a shape whose
+    sizes divide by nothing."""
+    run = tmp_path / "run.py"
+    run.write_text(
+        "import sys, torch; sys.path[:0] = sys.argv[1:3]\n"
+        "import decode, subprocess\n"
+        "real = subprocess.run\n"
+        "subprocess.run = lambda c, **k: real([*c, '-fsanitize=address,undefined', '-fno-sanitize-recover'], **k)\n"
+        "from pathlib import Path; decode.SOURCE = Path(sys.argv[3])\n"
+        "from test_decode import pair, decoded\n"
+        "for kind in ('float32', 'bfloat16', 'int8'):\n"
+        "    decoded(pair(kind, hidden_size=52, intermediate_size=76, head_dim=6, vocab_size=515)[0])\n"
+        "print('clean')\n"
+    )
+    library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(library).is_file():
+        pytest.skip("the compiler comes without an address sanitizer")
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, run, here.parent, here, decode.SOURCE], capture_output=True, text=True,
+        env=os.environ | {"LD_PRELOAD": str(Path(library).resolve()), "ASAN_OPTIONS": "detect_leaks=0"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.endswith("clean\n"), done.stderr[-3000:]
