@@ -33,7 +33,7 @@ import torch
 
 import prepare
 from config import UserError, guard, override
-from model import PRESETS, KVCache, ModelError, SmolLM2, write_json
+from model import PRESETS, KVCache, ModelError, SmolLM2, keep_freed_memory, write_json
 from sample import find, generate, pick_device, prefill, read_tokenizer
 from train import make_optimizer, peak_flops
 
@@ -64,6 +64,7 @@ def training(who: str, device: str, vocab: int, rows: int, T: int):
     config = replace(PRESETS["135M"], vocab_size=vocab, max_position_embeddings=T)
     torch.manual_seed(0)
     if who.startswith("ours"):
+        keep_freed_memory()  # as train.py does
         model = SmolLM2(config).to(device).train()
         if who == "ours":
             model.compile_for_training()
@@ -114,6 +115,7 @@ def prefilling(who: str, device: str, folder: str):
             with torch.inference_mode():
                 model(ids, use_cache=True, logits_to_keep=1)
     else:
+        keep_freed_memory()  # as sample.py does
         model = SmolLM2.from_pretrained(folder, device, torch.bfloat16)
 
         def run():

@@ -18,9 +18,11 @@ Shapes: B batch, T time (tokens in this call), S all positions seen so far, C hi
 heads, G = H / K query heads per key/value head, D head dim, V vocabulary.
 """
 
+import ctypes
 import json
 import math
 import os
+import platform
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -237,33 +239,42 @@ def rotate(x, cos, sin):  # x (B, heads, T, D), cos and sin (T, D) fp32 -> (B, h
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
-BIGGEST_SCORES = 2048 * 2048  # T * S beyond which the plain products would fill the memory with scores
-
-
 def attend(q, k, v, start: int):
     """Causal grouped-query attention: q (B, H, T, D) at positions start .. start+T-1 over k, v (B, K, S, D), the keys
     and values of positions 0 .. S-1, where S = start + T. Returns (B, H, T, D). Position p sees positions <= p.
+    Two ways, one result: tests/test_model.py compares them."""
+    return attend_in_blocks(q, k, v, start) if q.device.type == "cpu" else attend_fused(q, k, v, start)
 
-    Two ways, one result (tests/test_model.py compares them):
-    - a GPU, or scores too big to hold: PyTorch's fused attention, which never writes the T x S scores to memory;
-    - a CPU: two plain matrix products. The G query heads that share a key/value head are stacked as G*T rows of one
-      product, so keys and values are never repeated. At these lengths that is four times faster than the fused kernel.
-    """
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if q.device.type != "cpu" or T * S > BIGGEST_SCORES:
-        # is_causal masks from the top left, right only when nothing is cached; one query alone may see all keys
-        mask = None
-        if T > 1 and start > 0:
-            mask = torch.arange(S, device=q.device) <= torch.arange(start, S, device=q.device)[:, None]  # (T, S)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and start == 0, enable_gqa=H != K)
+
+def attend_fused(q, k, v, start: int):
+    """PyTorch's fused attention, which never writes the T x S scores to memory: flash attention on a GPU."""
+    T, S = q.size(2), k.size(2)
+    # is_causal masks from the top left, right only when nothing is cached; one query alone may see all keys
+    mask = None
+    if T > 1 and start > 0:
+        mask = torch.arange(S, device=q.device) <= torch.arange(start, S, device=q.device)[:, None]  # (T, S)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and start == 0, enable_gqa=grouped)
+
+
+QUERY_BLOCK = 256  # queries whose scores are held at once: about as many as stay in a CPU's cache
+
+
+def attend_in_blocks(q, k, v, start: int):
+    """Plain matrix products, faster on a CPU: a block of queries at a time, over the keys that the block may see. The G
+    query heads that share a key/value head are stacked as rows of one product, so keys and values are not repeated."""
+    (B, H, T, D), K, out = q.shape, k.size(1), []
     G = H // K
-    scores = (q * D**-0.5).reshape(B, K, G * T, D) @ k.transpose(-1, -2)  # (B, K, G*T, S)
-    scores = scores.view(B, K, G, T, S)
-    if T > 1:
-        future = torch.arange(S, device=q.device) > torch.arange(start, S, device=q.device)[:, None]  # (T, S)
-        scores = scores.masked_fill(future, -math.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(B, K, G * T, S)
-    return (weights @ v).view(B, H, T, D)
+    q = (q * D**-0.5).view(B, K, G, T, D)
+    for a in range(0, T, QUERY_BLOCK):
+        t = min(QUERY_BLOCK, T - a)
+        s = start + a + t  # the keys that the last query of this block sees
+        scores = q[:, :, :, a : a + t].reshape(B, K, G * t, D) @ k[:, :, :s].transpose(-1, -2)  # (B, K, G*t, s)
+        if t > 1:
+            future = torch.arange(s, device=q.device) > torch.arange(s - t, s, device=q.device)[:, None]  # (t, s)
+            scores = scores.view(B, K, G, t, s).masked_fill(future, -math.inf).view(B, K, G * t, s)
+        out.append((scores.softmax(-1) @ v[:, :, :s]).view(B, H, t, D))  # softmax computes in fp32 whatever it is given
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
 class Attention(nn.Module):
@@ -567,13 +578,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of softmax(hidden @ weight.T) against targets, a few hundred rows at a time.
 
     At a vocabulary of 49,152 the logits of 1,024 tokens are 200 MB in fp32, and the plain way holds them, their
-    softmax and their gradient at once. Here each chunk's gradient is taken while its logits are at hand, so nothing
-    of size V outlives the chunk and the backward pass is one multiplication. Products run in `dtype` (what autocast
-    would choose), everything after them, and the sum of the weight's gradient, in fp32.
+    softmax and their gradient at once. Here each chunk's gradient is taken while its logits are at hand, and takes
+    their place, so nothing of size V outlives the chunk and the backward pass is one multiplication. Products run in
+    `dtype` (what autocast would choose), everything after them, and the sum of the weight's gradient, in fp32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype, rows):  # (N, C), (V, C), (N,) -> fp32 scalar
+    def forward(ctx, hidden, weight, targets, dtype):  # (N, C), (V, C), (N,) -> fp32 scalar
         want_grad = hidden.requires_grad or weight.requires_grad
         h, w = hidden.to(dtype), weight.to(dtype)
         counted = targets != -100
@@ -581,19 +592,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(h) if want_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
-        for a in range(0, len(h), rows):
-            piece = slice(a, a + rows)
-            target = targets[piece].clamp(min=0)[:, None]  # -100 reads class 0 and is masked below
-            mask = counted[piece][:, None]
-            logits = (h[piece] @ w.T).float()  # (rows, V)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            total += ((log_z - logits.gather(1, target)) * mask).sum()
-            if want_grad:  # d loss / d logits = (softmax - one_hot) / count
-                gradient = logits.sub_(log_z).exp_()
-                gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand_as(target))
-                gradient = gradient.mul_(mask / count).to(dtype)
-                grad_hidden[piece] = gradient @ w
-                grad_weight += gradient.T @ h[piece]
+        for a in range(0, len(h), LOSS_ROWS):
+            chunk = slice(a, a + LOSS_ROWS)
+            logits = h[chunk] @ w.T  # (LOSS_ROWS, V)
+            rows = SOFTMAX_ROWS if h.device.type == "cpu" else LOSS_ROWS
+            for b in range(0, len(logits), rows):  # in fp32, as many as stay in the cache
+                part = slice(b, b + rows)
+                target = targets[chunk][part].clamp(min=0)[:, None]  # -100 reads class 0 and is masked below
+                mask = counted[chunk][part][:, None]
+                exact = logits[part].float()
+                largest = exact.amax(-1, keepdim=True)
+                chosen = exact.gather(1, target) - largest
+                exact.sub_(largest).exp_()
+                z = exact.sum(-1, keepdim=True)
+                total += ((z.log() - chosen) * mask).sum()
+                if want_grad:  # d loss / d logits = (softmax - one_hot) / count
+                    share = mask / count
+                    logits[part] = exact.mul_(share / z).scatter_add_(1, target, -share)
+            if want_grad:
+                grad_hidden[chunk] = logits @ w
+                grad_weight += logits.T @ h[chunk]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total / count
@@ -601,17 +619,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.to(ctx.dtypes[0]) * grad, (grad_weight * grad).to(ctx.dtypes[1]), None, None, None
+        # in place, for the second is as large as the embedding: going back twice raises an error
+        return grad_hidden.mul_(grad).to(ctx.dtypes[0]), grad_weight.mul_(grad).to(ctx.dtypes[1]), None, None
 
 
 LOSS_ROWS = 512  # tokens per piece
+SOFTMAX_ROWS = 32  # of these, how many at a time go through the softmax on a CPU: 6 MB at a vocabulary of 49,152
 
 
 def chunked_cross_entropy(x, weight, targets):  # (B, T, C), (V, C), (B, T) -> fp32 scalar
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, LOSS_ROWS)
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), dtype)
+
+
+def keep_freed_memory():
+    """Have malloc keep what is freed and take it again. By default glibc gives large blocks back to the system at once,
+    and every step has the same gigabytes mapped, and zeroed page by page, anew: up to a tenth of a training step.
+    For a process of ours, at its start; does nothing where the C library is another."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap cut short when its end is free
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from tokenizers.decoders import DecodeStream
 
 from config import UserError, guard, override
 from decode import Decoder, reason_against
-from model import KVCache, ModelError, SmolLM2
+from model import KVCache, ModelError, SmolLM2, keep_freed_memory
 
 
 @dataclass
@@ -325,6 +325,7 @@ def stream_text(tokenizer: Tokenizer, steps: Iterator[torch.Tensor]) -> Iterator
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     check_sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.max_new_tokens)
+    keep_freed_memory()
     prompt = s.prompt
     if prompt.startswith("FILE:"):
         try:

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 from config import UserError, guard, override
-from model import ModelError, SmolLM2, SmolLM2Config, atomic, read_json, write_json
+from model import ModelError, SmolLM2, SmolLM2Config, atomic, keep_freed_memory, read_json, write_json
 from sample import file_sha256, find, generate, load, pick_device, read_tokenizer
 
 
@@ -381,6 +381,7 @@ class Log:
 def main():
     s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
     check_settings(s)
+    keep_freed_memory()
 
     # one process, or one of many: torchrun says which
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import TINY
 
 import model as m
-from model import PRESETS, ModelError, SmolLM2, SmolLM2Config, atomic, attend
+from model import PRESETS, ModelError, SmolLM2, SmolLM2Config, atomic
 
 
 def tiny(**changes):
@@ -73,18 +73,19 @@ def test_nothing_leaks_from_the_future():
 
 @pytest.mark.parametrize("H, K", [(6, 2), (4, 4), (5, 1)])
 @pytest.mark.parametrize("T, start", [(1, 0), (12, 0), (1, 9), (7, 5)])
-def test_both_ways_of_attention_agree(H, K, T, start, monkeypatch):
-    """Grouped matrix products on a CPU, the fused kernel elsewhere: forced onto the same numbers they agree."""
+@pytest.mark.parametrize("block", [256, 5])
+def test_both_ways_of_attention_agree(H, K, T, start, block, monkeypatch):
+    """Blocks of plain matrix products on a CPU, the fused kernel elsewhere: on the same numbers, values and gradients."""
+    monkeypatch.setattr(m, "QUERY_BLOCK", block)
     q, k, v = torch.randn(2, H, T, 8), torch.randn(2, K, start + T, 8), torch.randn(2, K, start + T, 8)
-    grouped = attend(q, k, v, start)
-    calls = []
-    real = F.scaled_dot_product_attention
-    monkeypatch.setattr(m.F, "scaled_dot_product_attention", lambda *a, **kw: calls.append(1) or real(*a, **kw))
-    monkeypatch.setattr(m, "BIGGEST_SCORES", 0)
-    fused = attend(q, k, v, start)
-    assert calls and (grouped - fused).abs().max() < 1e-5
+    sides = []
+    for way in (m.attend_in_blocks, m.attend_fused):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = way(*leaves, start)
+        sides.append((y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), leaves)))
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*sides))
     if T > 1:  # negative control: the same keys one position off
-        assert (attend(q[:, :, 1:], k, v, start + 1) - fused[:, :, :-1]).abs().max() > 1e-3
+        assert (m.attend_in_blocks(q[:, :, 1:], k, v, start + 1) - sides[1][0][:, :, :-1]).abs().max() > 1e-3
 
 
 def test_rope_tables_stay_fp32_whatever_the_model_is_cast_to():
