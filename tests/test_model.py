@@ -10,7 +10,6 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY
 
 import model as m
@@ -75,7 +74,7 @@ def test_nothing_leaks_from_the_future():
 @pytest.mark.parametrize("T, start", [(1, 0), (12, 0), (1, 9), (7, 5)])
 @pytest.mark.parametrize("block", [256, 5])
 def test_both_ways_of_attention_agree(H, K, T, start, block, monkeypatch):
-    """Blocks of plain matrix products on a CPU, the fused kernel elsewhere: on the same numbers, values and gradients."""
+    """Blocks of plain products on a CPU, the fused kernel elsewhere: the same values and gradients."""
     monkeypatch.setattr(m, "QUERY_BLOCK", block)
     q, k, v = torch.randn(2, H, T, 8), torch.randn(2, K, start + T, 8), torch.randn(2, K, start + T, 8)
     sides = []
