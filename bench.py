@@ -97,7 +97,7 @@ def training(who: str, device: str, vocab: int, rows: int, T: int):
     steps(2)
     yield
     while True:
-        yield steps(3)
+        yield steps(2)
 
 
 def prefilling(who: str, device: str, folder: str):
@@ -249,8 +249,9 @@ def synchronize(device):
 
 
 def load_hf(folder, device):
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, logging
 
+    logging.disable_progress_bar()
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
 
 
@@ -350,7 +351,7 @@ def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: st
         return {
             who: (training, who, device, *shape)
             for who in ("ours", "ours_eager", "hf")
-            if who[:4] == "ours" or who in vs
+            if who == "ours" or who in vs or (who == "ours_eager" and work == "train")
         }
     if work == "prefill":
         return {who: (prefilling, who, device, ggufs if who == "llamacpp" else folder) for who in ("ours", *vs)}

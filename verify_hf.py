@@ -12,6 +12,7 @@ normal is measured too: transformers' two attentions, "eager" (the textbook form
 kernel), are compared with each other, and twice their difference is allowed where that is more than 5e-5.
 """
 
+import math
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ class Settings:
     shape: str = "135M"  # which released shape the random weights take: 135M, 360M or 1.7B
     seed: int | None = None  # of the random weights and of the tokens; none draws a new one, which is printed
     context: int = 8192  # compare up to this many positions, or the model's own context if that is less
+    text: str = "data/shakespeare/play.txt"  # a text, for the bits per byte that int8 costs; its beginning is read
     device: str = "cpu"  # where both sides run: cpu, cuda, mps, or auto
 
 
@@ -47,6 +49,7 @@ PART = 5e-6  # the same for one part alone, in units of its largest output
 GRADIENT = 1e-4  # the same for a gradient, in units of the parameter's largest
 BF16 = 1.5  # our rounding error in bf16, in units of transformers' own
 INT8 = 4.0  # our rounding error in int8, in the same units: measured 2.3 on random weights
+BITS = 0.01  # bits per byte that a text may cost more in int8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,6 +466,39 @@ def precision(path, exact, ids, device) -> Iterator[Row]:
         yield Row(f"int8 logits, {name}", cells, error(x) <= INT8 * theirs)
 
 
+@torch.no_grad()
+def bits_per_byte(path, text: str, device) -> Iterator[Row]:
+    """What fewer bits cost where it counts: bits per byte of a text, and how often the likeliest token stays the same,
+    with every token of the text given. Random weights have no tokenizer and nothing to lose."""
+    if not (path / "tokenizer.json").is_file():
+        yield Row("no tokenizer in this directory", ok=None)
+        return
+    try:
+        words = Path(text).read_text(encoding="utf-8")[:20_000]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text={text}: {error}") from None
+    model, tokenizer = load(path, device, torch.float32)
+    ids, T = tokenizer.encode(words, add_special_tokens=False).ids, min(512, model.config.max_position_embeddings)
+    B = max(1, min(2048, len(ids) - 1) // T)
+    ids = ids[: B * T + 1]
+    size = len(tokenizer.decode(ids[1:]).encode())
+    ids = torch.tensor(ids, device=device)
+    x, y = ids[:-1].view(B, -1), ids[1:].view(B, -1)
+
+    def measured(model):
+        logits = model(x)[0].float()
+        nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+        return nats / math.log(2) / size, logits.argmax(-1)
+
+    exact, best = measured(model)
+    yield Row(f"float32, {y.numel():,} tokens", (f"{exact:.4f}",))
+    for name in ("bfloat16", "int8"):
+        model = model.to(torch.bfloat16) if name == "bfloat16" else model.quantize()
+        bits, now = measured(model)
+        same = (now == best).float().mean().item()
+        yield Row(name, (f"{bits:.4f}", f"{bits - exact:+.4f}", f"{same:.1%}", f"{BITS}"), bits - exact <= BITS)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the command
 
@@ -519,6 +555,8 @@ def verify(s: Settings, folder: Path) -> list[Row]:
     del hf, model
     columns = "original", "ours", "same argmax", "allowed"
     section("fewer bits: error against float32", columns, precision(path, exact, ids[:1], device))
+    columns = "bits/byte", "more", "same argmax", "allowed"
+    section(f"fewer bits: {s.text}", columns, bits_per_byte(path, s.text, device))
 
     failed = [row.name for row in rows if row.ok is False]
     seconds = f"{time.perf_counter() - started:.0f} s"

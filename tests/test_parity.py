@@ -7,6 +7,7 @@ run on tiny random models. The negative controls break one thing on our side and
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import model as smol  # noqa: E402
 import verify_hf  # noqa: E402
 from model import PRESETS, KVCache, ModelError, RotaryEmbedding, SmolLM2, SmolLM2Config  # noqa: E402
+from sample import read_tokenizer  # noqa: E402
 from verify_hf import difference, load_original, token_ids  # noqa: E402
 
 TIGHT = 1e-5  # two layers, logits of about 5: measured 6e-6 against transformers, 5e-6 between its own attentions
@@ -66,6 +68,7 @@ def rows_of(hf, model, path, *checks, allowed=TIGHT, tmp=None):
         greedy=lambda: verify_hf.greedy(hf, model, ids[:, :9]),
         tokenizer=lambda: verify_hf.tokenizer(path),
         round_trip=lambda: verify_hf.round_trip(hf, model, ids, tmp / "again"),
+        bits=lambda: verify_hf.bits_per_byte(path, verify_hf.Settings.text, "cpu"),
         precision=lambda: verify_hf.precision(path, verify_hf.hf_logits(hf, ids), ids, "cpu"),
     )
     return [row for name in checks for row in everything[name]()]
@@ -157,6 +160,22 @@ def test_round_trip(sides, tmp_path):
 def test_fewer_bits(sides):
     """bf16 and int8 stay within the band that verify_hf.py calls normal; a bf16 norm is no worse than theirs."""
     assert not failed(rows_of(*sides, "precision"))
+
+
+def test_bits_per_byte_of_a_text(sides, monkeypatch):
+    """int8 costs a text next to nothing; with scales a quarter too large it does, and the row says so."""
+    _, model, path = sides
+    rows = rows_of(*sides, "bits")
+    assert not failed(rows) and [row.name for row in rows] == ["float32, 2,048 tokens", "bfloat16", "int8"]
+    ids = read_tokenizer(path).encode(TEXT, add_special_tokens=False).ids[:2049]
+    assert len(ids) == 2049, "the text is too short to check the number against"
+    tokens = torch.tensor(ids)
+    nats = model(tokens[:-1].view(-1, 64), tokens[1:].view(-1, 64))[1].item() * 2048
+    size = len(read_tokenizer(path).decode(ids[1:]).encode())
+    assert abs(float(rows[0].cells[0]) - nats / math.log(2) / size) < 1e-3
+    rows_ = smol.int8_rows
+    monkeypatch.setattr(smol, "int8_rows", lambda weight: (lambda q, s: (q, s * 1.25))(*rows_(weight)))
+    expect(rows_of(*sides, "bits"), ["int8"], ["bfloat16"])
 
 
 def test_tokenizer(sides):
