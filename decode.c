@@ -73,23 +73,26 @@ INLINE float dot(int kind, const void *data, long start, const float *x, int n) 
 /* sixteen 32-bit numbers: GCC and Clang compute with these types, in whatever vectors the processor has */
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
-#define PRODUCT(bytes, x) (__builtin_convertvector(bytes, Floats) * *(const Floats *)(x))
+#define PRODUCT(word, x) (__builtin_convertvector(word, Floats) * *(const Floats *)(x))
 
 INLINE float dot_bytes(const int8_t *data, const float *x, int n) {
-    /* Widening a byte to fp32 takes longer than the memory does, unless four are read as one word and cut out of it by
-       shifts. x comes sorted to match: the partners of the words' first bytes, then those of the second bytes ... */
+    /* Widening a byte to fp32 takes longer than the memory does, unless four are read as one word and cut out of it.
+       Each is left in the highest byte, that is times 2^24, which the sum loses at the end. x comes sorted to match: the
+       partners of the words' first bytes, then those of the second bytes, and so on. */
+    const Ints top = (Ints){0} + (-0x1000000); /* the highest byte of each word */
     Floats a = {0}, b = {0}, c = {0}, d = {0};
     int q = n / 4, i = 0;
     for (; i + 16 <= q; i += 16) {
         Ints word = *(const Ints *)(data + 4 * i);
-        a += PRODUCT(word << 24 >> 24, x + i);
-        b += PRODUCT(word << 16 >> 24, x + q + i);
-        c += PRODUCT(word << 8 >> 24, x + 2 * q + i);
-        d += PRODUCT(word >> 24, x + 3 * q + i);
+        a += PRODUCT(word << 24, x + i);
+        b += PRODUCT(word << 16 & top, x + q + i);
+        c += PRODUCT(word << 8 & top, x + 2 * q + i);
+        d += PRODUCT(word & top, x + 3 * q + i);
     }
     a = (a + b) + (c + d);
     float sum = 0;
     for (int j = 0; j < 16; j++) sum += a[j];
+    sum *= 0x1p-24f;
     for (; i < q; i++)
         for (int k = 0; k < 4; k++) sum += data[4 * i + k] * x[k * q + i];
     return sum;
