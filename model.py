@@ -236,7 +236,7 @@ def rotate(x, cos, sin):  # x (B, heads, T, D), cos and sin (T, D) fp32 -> (B, h
     """Turn each pair (x[i], x[i + D/2]) by its angle. The checkpoint's q_proj and k_proj rows are laid out for this
     split-half pairing; Meta's original code and ggml pair neighbours (x[2i], x[2i+1]) and permute those rows."""
     x1, x2 = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+    return (x * cos).add_(torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
 def attend(q, k, v, start: int):
@@ -270,9 +270,9 @@ def attend_in_blocks(q, k, v, start: int):
         t = min(QUERY_BLOCK, T - a)
         s = start + a + t  # the keys that the last query of this block sees
         scores = q[:, :, :, a : a + t].reshape(B, K, G * t, D) @ k[:, :, :s].transpose(-1, -2)  # (B, K, G*t, s)
-        if t > 1:
-            future = torch.arange(s, device=q.device) > torch.arange(s - t, s, device=q.device)[:, None]  # (t, s)
-            scores = scores.view(B, K, G, t, s).masked_fill(future, -math.inf).view(B, K, G * t, s)
+        if t > 1:  # among the block's own keys, those after a query
+            future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+            scores.view(B, K, G, t, s)[..., s - t :].masked_fill_(future, -math.inf)
         out.append((scores.softmax(-1) @ v[:, :, :s]).view(B, H, t, D))  # softmax computes in fp32 whatever it is given
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
@@ -310,7 +310,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not torch.is_grad_enabled():  # the same in place: fresh memory takes longer than the arithmetic
+            return self.down_proj(F.silu(gate, inplace=True).mul_(up))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
