@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 import weakref
 from contextlib import suppress
 from functools import cache
@@ -127,12 +128,31 @@ class Decoder:
         embedding = self.matrix(model.embed_tokens)
         self.c = Model(
             C=C, I=c.intermediate_size, L=c.num_hidden_layers, H=H, K=K, D=D, V=c.vocab_size,
-            cache_kind=KINDS[model.dtype], threads=torch.get_num_threads(), eps=c.rms_norm_eps,
+            cache_kind=KINDS[model.dtype], threads=1, eps=c.rms_norm_eps,
             norm=self.floats(model.norm.weight), embed_tokens=embedding, layers=self.layers,
             head=embedding if c.tie_word_embeddings else self.matrix(model.lm_head),
             x=self.room(C), q=self.room(H * D), attended=self.room(H * D), hidden=self.room(c.intermediate_size),
         )  # fmt: skip
         self.cache = None
+        self.alone_took, self.alone_for, self.pause = None, 0, 16  # see step()
+
+    def step(self, token: int, position: int, logits):
+        """Threads wait for each other five times a layer. On a machine with other work a wait can last as long as the
+        other program's turn, and one thread alone is many times faster. So the first token is timed on one; where
+        all together then take longer, the next 16 tokens are computed alone, then 32, 64, ... until it pays again."""
+        alone = self.alone_took is None or self.alone_for > 0
+        self.c.threads = 1 if alone else torch.get_num_threads()
+        started = time.perf_counter()
+        library().step(ctypes.byref(self.c), token, position, ctypes.c_void_p(logits.data_ptr()))
+        took = time.perf_counter() - started
+        if self.alone_took is None:
+            self.alone_took = took
+        elif self.alone_for:
+            self.alone_for -= 1
+        elif took > self.alone_took:
+            self.alone_for, self.pause = self.pause, min(2 * self.pause, 1024)
+        else:
+            self.pause = 16
 
     def floats(self, tensor) -> int:  # the address of a fp32 copy, or of the tensor itself where it is fp32
         self.keep.append(tensor.detach().float().contiguous())
@@ -160,9 +180,11 @@ class Decoder:
         row = position * self.c.D * 4
         self.c.cos, self.c.sin = self.model.rotary.cos.data_ptr() + row, self.model.rotary.sin.data_ptr() + row
         logits = torch.empty(1, self.c.V)
-        library().step(ctypes.byref(self.c), token, position, ctypes.c_void_p(logits.data_ptr()))
-        if self.model not in proven:
+        prove = self.model not in proven
+        if prove:  # first, so that what it writes into the cache is overwritten and every text is computed alike
             plain, _ = self.model(torch.tensor([[token]]), cache=cache, start=position)
+        self.step(token, position, logits)
+        if prove:
             error, spread = float((logits - plain[:, -1]).std()), float(plain.float().std())
             if not error <= ROUNDING[self.model.dtype] * spread + 1e-6:
                 raise ModelError(

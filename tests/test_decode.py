@@ -5,6 +5,7 @@ activations in fp32, so nothing but the order of additions, and the rounding of 
 """
 
 import copy
+import math
 import multiprocessing
 import os
 import shutil
@@ -47,6 +48,7 @@ def pair(kind: str, **changes):
 def decoded(model, ids=IDS, start: int = 0, cache=None):
     """Logits (T, V) of ids (1, T), one token after the other."""
     decoder, cache = Decoder(model), cache or KVCache(model.config, 1, dtype=model.dtype)
+    decoder.alone_took = math.inf  # all threads from the first token on, however busy the machine
     return torch.cat([decoder(int(i), cache, start + n) for n, i in enumerate(ids[0])])
 
 
@@ -72,6 +74,33 @@ def test_the_logits_are_those_of_the_plain_pass(kind, shape, threads, monkeypatc
     allowed = 5e-6 if kind == "float32" else 1e-2 * float(expected.std())  # keys and values are bf16 in the cache
     assert found.dtype == torch.float32 and (found - expected).std() < allowed
     assert (found[1:] - expected[:-1]).std() > 50 * allowed
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    """Each row of each product is one thread's, so a text does not depend on how many there were, or on the load."""
+    model, _ = pair("bfloat16")
+
+    def by(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return decoded(model)
+
+    found = [by(threads) for threads in (1, 2, 3)]  # the first also proves the model, which must leave no trace
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_on_a_busy_machine_it_goes_alone_for_a_while(monkeypatch):
+    """Where together takes longer than alone, 16 tokens go alone, then 32, until together pays again."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model, _ = pair("float32", max_position_embeddings=128)
+    decoder, cache, threads = Decoder(model), KVCache(model.config, 1), []
+    for n in range(60):
+        if n == 1:
+            decoder.alone_took = 0.0  # nothing is that quick: the machine is as good as busy
+        if n == 50:
+            decoder.alone_took = math.inf
+        decoder(5, cache, n)
+        threads.append(decoder.c.threads)
+    assert threads == [1, 2, *[1] * 16, 2, *[1] * 32, 2, *[2] * 8]
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
