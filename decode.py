@@ -182,7 +182,8 @@ class Decoder:
         logits = torch.empty(1, self.c.V)
         prove = self.model not in proven
         if prove:  # first, so that what it writes into the cache is overwritten and every text is computed alike
-            plain, _ = self.model(torch.tensor([[token]]), cache=cache, start=position)
+            with torch.autocast("cpu", enabled=False):  # train.py prints samples inside one
+                plain, _ = self.model(torch.tensor([[token]]), cache=cache, start=position)
         self.step(token, position, logits)
         if prove:
             error, spread = float((logits - plain[:, -1]).std()), float(plain.float().std())

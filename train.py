@@ -61,6 +61,7 @@ class Settings:
     lr_schedule: str = "cosine"  # cosine; wsd (warmup, stable, linear decay: SmolLM2's own); constant
     lr_decay_iters: int = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first start
     decay_fraction: float = 0.2  # wsd: how much of the run decays; SmolLM2 took the last fifth
+    token_noise: float = 0.0  # share of input tokens replaced by random ones: against learning a short text by heart
     weight_decay: float = 0.1  # on matrices only; norm weights are left alone
     beta1: float = 0.9  # memory of the gradient
     beta2: float = 0.95  # shorter memory than the usual 0.999: steadier where batches are small
@@ -106,16 +107,20 @@ class Rows:
 
     Each epoch cuts the text into blocks from an offset of its own, wrapping round at the end, and visits them in an
     order of its own. Over an epoch every token is predicted once, but for a remainder shorter than a block.
+
+    noise: the share of the inputs, never of the targets, that becomes a token drawn from the whole vocabulary, another
+    in every epoch: "blank noising" without the blank (https://arxiv.org/abs/1703.02573). A text that is read many times
+    is then never the same twice.
     """
 
-    def __init__(self, file, tokens: int, block_size: int, seed: int):
+    def __init__(self, file, tokens: int, block_size: int, seed: int, noise: float = 0.0, vocab_size: int = 0):
         if tokens < block_size + 1:
             raise UserError(
                 f"{file} has {tokens:,} tokens; --block_size={block_size} needs {block_size + 1:,}. Use more text, or "
                 f"--block_size={max(1, tokens - 1)} or less."
             )
         self.file = open(file, "rb")  # read by position, not mapped: a mapped file seems to fill the memory
-        self.tokens, self.T, self.seed = tokens, block_size, seed
+        self.tokens, self.T, self.seed, self.noise, self.vocab_size = tokens, block_size, seed, noise, vocab_size
         self.per_epoch = tokens // block_size
         self.epoch = -1
 
@@ -137,8 +142,13 @@ class Rows:
         return np.concatenate((self.read(start, first), self.read(0, self.T + 1 - first)))
 
     def batch(self, rows: range, device) -> tuple[torch.Tensor, torch.Tensor]:  # inputs, targets: (B, T) int64
-        data = torch.from_numpy(np.stack([self[row] for row in rows]))
-        return move(data[:, :-1], device), move(data[:, 1:], device)
+        data = np.stack([self[row] for row in rows])
+        inputs = data[:, :-1].copy()
+        for i, row in enumerate(rows if self.noise else ()):
+            random = np.random.Generator(np.random.PCG64([self.seed, row, 1]))
+            hit = random.random(self.T) < self.noise
+            inputs[i, hit] = random.integers(self.vocab_size, size=hit.sum())
+        return move(torch.from_numpy(inputs), device), move(torch.from_numpy(data[:, 1:]), device)
 
 
 def validation_rows(file, tokens: int, block_size: int, limit: int) -> torch.Tensor:
@@ -422,6 +432,8 @@ def check_settings(s: Settings):
         problems.append(
             f"--sample_interval={s.sample_interval}: expected a multiple of eval_interval={s.eval_interval}."
         )
+    if not 0 <= s.token_noise < 1:
+        problems.append(f"--token_noise={s.token_noise}: expected a share of 0 or more and below 1.")
     unknown = [k for k in s.accept_changes.split(",") if k.strip() and k.strip() not in {f.name for f in fields(s)}]
     if unknown:
         problems.append(f"--accept_changes: {', '.join(unknown)}: no such setting.")
@@ -445,7 +457,8 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
                 f"{folder} was prepared with {key}={made}, asked is {asked}. Prepare it anew with: python prepare.py "
                 f"--dataset={data.dataset} --{key}={asked} (and --input), or use another --dataset."
             )
-    rows = Rows(folder / "train.bin", meta["train_tokens"], s.block_size, s.seed)
+    train_file, tokens = folder / "train.bin", meta["train_tokens"]
+    rows = Rows(train_file, tokens, s.block_size, s.seed, s.token_noise, meta["vocab_size"])
     val = validation_rows(folder / "val.bin", meta["val_tokens"], s.block_size, s.eval_rows)
 
     # the model: resumed, fine-tuned or new
@@ -663,7 +676,8 @@ def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: i
             prompt = tokenizer.encode("\n", add_special_tokens=False).ids or [meta["eos_token_id"]]
             model.eval()
             with torch.compiler.set_stance("force_eager"), autocast():
-                ids = [int(i) for i in generate(model, prompt, max_new_tokens=100, seed=step)]
+                # by model.py itself, whatever is being tried in it
+                ids = [int(i) for i in generate(model, prompt, max_new_tokens=100, seed=step, use_c=False)]
             model.train()
             text = tokenizer.decode(ids)
             say("     " + text.strip().replace("\n", "\n     "))

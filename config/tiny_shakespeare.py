@@ -1,4 +1,4 @@
-# A small SmolLM2 on Shakespeare: about four minutes on two CPU cores.
+# A small SmolLM2 on Shakespeare: about three minutes on two CPU cores.
 #   python train.py config/tiny_shakespeare.py
 out_dir = "out/tiny_shakespeare"
 dataset = "shakespeare_1k"
@@ -14,12 +14,13 @@ num_key_value_heads = 2
 block_size = 128
 global_batch_size = 16  # many small steps beat few big ones at this scale
 micro_batch_size = 16
-max_iters = 1500
+max_iters = 1200  # six times through the text; more of them, even three times as many, learn it by heart
 learning_rate = 4e-3
 min_lr = 1e-4
 warmup_iters = 50
-weight_decay = 0.1
+weight_decay = 0.5  # with the noise, against learning by heart: 2.13 bits per byte without the two, at its best
+token_noise = 0.1
 
-eval_interval = 250
+eval_interval = 300
 log_interval = 50
-sample_interval = 500
+sample_interval = 600

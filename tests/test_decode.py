@@ -151,6 +151,15 @@ def test_a_changed_model_is_noticed(hf_directory):
     assert len(list(sample.generate(model, [5, 6, 7], 3, temperature=0, stop_ids=[], use_c=False))) == 3
 
 
+def test_autocast_around_it_is_no_disagreement(hf_directory):
+    """train.py prints samples of fp32 weights while products run in bf16: decode.c stays exact and is not accused."""
+    model, _ = sample.load(hf_directory)
+    with torch.no_grad():
+        expected = model(IDS)[0][0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (decoded(model) - expected).std() < 5e-6 < (model(IDS)[0][0] - expected).std()
+
+
 def test_weights_that_train_on_are_followed(hf_directory):
     """A decoder reads the weights where they are: the next text after a change is the changed model's."""
     model, _ = sample.load(hf_directory)

@@ -108,6 +108,19 @@ def test_the_smallest_text_that_works_and_the_one_that_does_not(here):
         train.Rows("x.bin", 10, 10, 0)
 
 
+def test_noise_is_a_function_of_the_row_and_spares_the_targets(tmp_path, monkeypatch):
+    """A row has the same noise in any batch and another in the next epoch; about the share that was asked for."""
+    monkeypatch.chdir(tmp_path)
+    np.arange(20000, dtype="<u2").tofile("x.bin")
+    clean, noisy = train.Rows("x.bin", 20000, 100, 1), train.Rows("x.bin", 20000, 100, 1, noise=0.2, vocab_size=20000)
+    (x, y), (x_clean, y_clean) = noisy.batch(range(50), "cpu"), clean.batch(range(50), "cpu")
+    assert torch.equal(y, y_clean) and 0.17 < float((x != x_clean).float().mean()) < 0.23
+    assert torch.equal(noisy.batch(range(7, 9), "cpu")[0], x[7:9])
+    changed = [(noisy.batch(range(r, r + 1), "cpu")[0] != clean.batch(range(r, r + 1), "cpu")[0])[0] for r in (3, 203)]
+    assert not torch.equal(*changed)
+    assert x.max() < 20000 and x.dtype == torch.int64
+
+
 def test_validation_covers_every_token_once_and_always_alike(here):
     np.arange(105, dtype="<u2").tofile("x.bin")
     rows = train.validation_rows("x.bin", 105, 10, 99)
