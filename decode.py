@@ -138,8 +138,8 @@ class Decoder:
 
     def step(self, token: int, position: int, logits):
         """Threads wait for each other five times a layer. On a machine with other work a wait can last as long as the
-        other program's turn, and one thread alone is many times faster. So the first token is timed on one; where
-        all together then take longer, the next 16 tokens are computed alone, then 32, 64, ... until it pays again."""
+        other program's turn, and one thread alone is many times faster. So the first token is timed on one; where all
+        together then take twice as long, the next 16 are computed alone, then 32, 64, ... until it pays again."""
         alone = self.alone_took is None or self.alone_for > 0
         self.c.threads = 1 if alone else torch.get_num_threads()
         started = time.perf_counter()
@@ -149,7 +149,7 @@ class Decoder:
             self.alone_took = took
         elif self.alone_for:
             self.alone_for -= 1
-        elif took > self.alone_took:
+        elif took > 2 * self.alone_took:  # short of that it may have been a hiccup
             self.alone_for, self.pause = self.pause, min(2 * self.pause, 1024)
         else:
             self.pause = 16

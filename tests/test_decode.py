@@ -89,7 +89,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 
 
 def test_on_a_busy_machine_it_goes_alone_for_a_while(monkeypatch):
-    """Where together takes longer than alone, 16 tokens go alone, then 32, until together pays again."""
+    """Where together takes twice as long as alone, 16 tokens go alone, then 32, until together pays again."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model, _ = pair("float32", max_position_embeddings=128)
     decoder, cache, threads = Decoder(model), KVCache(model.config, 1), []
