@@ -394,7 +394,7 @@ def export(path, outtype: str = "q8_0", out_dir="") -> Path:
     local = Path(path).is_dir()
     name = Path(path).resolve().name if local else str(path).split("/")[1]
     folder = Path(out_dir) if out_dir else source if local else Path("out") / f"{name}-gguf"
-    model, tokenizer = load(source)
+    model, tokenizer = load(source, copy=False)
     vocabulary, template = read_vocabulary(source, model.config.vocab_size), read_chat_template(source)
     end_tokens(model.config, source)
     check_representable(model, outtype, source)

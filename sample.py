@@ -51,16 +51,18 @@ class Settings:
 # loading
 
 
-def load(path, device="cpu", dtype: torch.dtype | None = None, quantize: str = "") -> tuple[SmolLM2, Tokenizer]:
+def load(
+    path, device="cpu", dtype: torch.dtype | None = None, quantize: str = "", copy: bool = True
+) -> tuple[SmolLM2, Tokenizer]:
     """Model and tokenizer from a model directory or a hub id such as "HuggingFaceTB/SmolLM2-135M".
 
-    dtype None keeps the file's; quantize "int8" makes the weights int8 as they are loaded. Only a hub id that is not
-    in the local cache touches the network. Raises ModelError where anything is missing, damaged or does not belong
-    together: no other weights and no other tokenizer are ever put in their place.
+    dtype None keeps the file's; quantize "int8" makes the weights int8 as they are loaded; copy False leaves them in
+    the mapped file. Only a hub id that is not in the local cache touches the network. ModelError where anything is
+    missing, damaged or does not belong together: no other weights and no other tokenizer are put in their place.
     """
     path = find(path)
     tokenizer = read_tokenizer(path)
-    model = SmolLM2.from_pretrained(path, device=device, dtype=dtype)
+    model = SmolLM2.from_pretrained(path, device, dtype, copy)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ModelError(
             f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "

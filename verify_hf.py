@@ -16,6 +16,7 @@ import math
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -519,9 +520,9 @@ def verify(s: Settings, folder: Path) -> list[Row]:
         path = folder / "random"
         save_random_model(path, PRESETS[s.shape], seed)
     if (path / "tokenizer.json").is_file():
-        model, _ = load(path, device, torch.float32)
+        model, _ = load(path, device, torch.float32, copy=False)  # memory for what is compared
     else:  # weights alone can be compared; the tokenizer's row will say that there is none
-        model = SmolLM2.from_pretrained(path, device, torch.float32)
+        model = SmolLM2.from_pretrained(path, device, torch.float32, copy=False)
     hf, loading = load_original(path, device=device)
     context = min(s.context, model.config.max_position_embeddings)
     if context < 16:
@@ -569,6 +570,7 @@ def verify(s: Settings, folder: Path) -> list[Row]:
 
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
+    warnings.simplefilter("ignore", FutureWarning)  # an argument gets another name in 5.24; both are taken until 5.40
     transformers.logging.set_verbosity_error()  # its warnings are rows here
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="verify_hf_") as folder:
