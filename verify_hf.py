@@ -31,7 +31,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from config import UserError, guard, override
 from decode import Decoder, proven, reason_against
-from model import PRESETS, KVCache, ModelError, SmolLM2, SmolLM2Config, hf_name, read_tensors, rotate
+from model import PRESETS, KVCache, ModelError, SmolLM2, SmolLM2Config, hf_name, keep_freed_memory, read_tensors, rotate
 from sample import find, generate, load, pick_device, read_tokenizer
 
 
@@ -571,6 +571,7 @@ def verify(s: Settings, folder: Path) -> list[Row]:
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     warnings.simplefilter("ignore", FutureWarning)  # an argument gets another name in 5.24; both are taken until 5.40
+    keep_freed_memory()
     transformers.logging.set_verbosity_error()  # its warnings are rows here
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="verify_hf_") as folder:
