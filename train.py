@@ -17,11 +17,13 @@ rows are a function of seed and step alone, so splitting them otherwise, or stop
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
 import time
 import zipfile
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -328,7 +330,15 @@ def load_state(path: Path) -> dict:
         if broken:
             raise zipfile.BadZipFile(f"{broken} has a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, zlib, pickle and torch have a class each for damage
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        pickle.UnpicklingError,
+    ) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a state of ours: {reason}\n{way_out}") from None
     if set(state) != set("model optimizer scaler progress settings facts rng cuda_rng".split()):

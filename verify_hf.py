@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from config import UserError, guard, override
 from decode import Decoder, proven, reason_against
 from model import PRESETS, KVCache, ModelError, SmolLM2, SmolLM2Config, hf_name, keep_freed_memory, read_tensors, rotate
+from prepare import PLAY
 from sample import find, generate, load, pick_device, read_tokenizer
 
 
@@ -41,7 +42,7 @@ class Settings:
     shape: str = "135M"  # which released shape the random weights take: 135M, 360M or 1.7B
     seed: int | None = None  # of the random weights and of the tokens; none draws a new one, which is printed
     context: int = 8192  # compare up to this many positions, or the model's own context if that is less
-    text: str = "data/shakespeare/play.txt"  # a text, for the bits per byte that int8 costs; its beginning is read
+    text: str = str(PLAY)  # a text, for the bits per byte that int8 costs; its beginning is read
     device: str = "cpu"  # where both sides run: cpu, cuda, mps, or auto
 
 
@@ -474,12 +475,8 @@ def bits_per_byte(path, text: str, device) -> Iterator[Row]:
     if not (path / "tokenizer.json").is_file():
         yield Row("no tokenizer in this directory", ok=None)
         return
-    try:
-        words = Path(text).read_text(encoding="utf-8")[:20_000]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text={text}: {error}") from None
     model, tokenizer = load(path, device, torch.float32)
-    ids, T = tokenizer.encode(words, add_special_tokens=False).ids, min(512, model.config.max_position_embeddings)
+    ids, T = tokenizer.encode(text, add_special_tokens=False).ids, min(512, model.config.max_position_embeddings)
     B = max(1, min(2048, len(ids) - 1) // T)
     ids = ids[: B * T + 1]
     size = len(tokenizer.decode(ids[1:]).encode())
@@ -509,6 +506,12 @@ def verify(s: Settings, folder: Path) -> list[Row]:
     started = time.perf_counter()
     if s.shape not in PRESETS:
         raise UserError(f"--shape={s.shape}: expected one of {', '.join(PRESETS)}.")
+    try:
+        text = Path(s.text).read_text(encoding="utf-8")[:20_000]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text={s.text}: {error}") from None
+    if len(text) < 100:
+        raise UserError(f"--text={s.text} has {len(text)} characters: expected at least 100 to measure on.")
     seed = s.seed if s.seed is not None else time.time_ns() % 100_000
     device = pick_device(s.device)
     what = f"{s.model or f'random weights in the {s.shape} shape'}, seed {seed}"
@@ -557,7 +560,7 @@ def verify(s: Settings, folder: Path) -> list[Row]:
     columns = "original", "ours", "same argmax", "allowed"
     section("fewer bits: error against float32", columns, precision(path, exact, ids[:1], device))
     columns = "bits/byte", "more", "same argmax", "allowed"
-    section(f"fewer bits: {s.text}", columns, bits_per_byte(path, s.text, device))
+    section(f"fewer bits: {Path(s.text).name}", columns, bits_per_byte(path, text, device))
 
     failed = [row.name for row in rows if row.ok is False]
     seconds = f"{time.perf_counter() - started:.0f} s"

@@ -68,7 +68,7 @@ def rows_of(hf, model, path, *checks, allowed=TIGHT, tmp=None):
         greedy=lambda: verify_hf.greedy(hf, model, ids[:, :9]),
         tokenizer=lambda: verify_hf.tokenizer(path),
         round_trip=lambda: verify_hf.round_trip(hf, model, ids, tmp / "again"),
-        bits=lambda: verify_hf.bits_per_byte(path, verify_hf.Settings.text, "cpu"),
+        bits=lambda: verify_hf.bits_per_byte(path, TEXT, "cpu"),
         precision=lambda: verify_hf.precision(path, verify_hf.hf_logits(hf, ids), ids, "cpu"),
     )
     return [row for name in checks for row in everything[name]()]
