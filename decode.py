@@ -67,7 +67,7 @@ def library():
     processor = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
     key = SOURCE.read_bytes() + repr((compiler, flags, processor)).encode()
     file = SOURCE.parent / "__pycache__" / f"decode.{hashlib.sha256(key).hexdigest()[:16]}.so"
-    if file.exists():
+    with suppress(OSError):  # not there yet, or damaged: compile it
         return ctypes.CDLL(str(file))
     try:
         file.parent.mkdir(exist_ok=True)

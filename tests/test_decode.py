@@ -223,6 +223,17 @@ def test_it_is_compiled_once_and_two_at_a_time_do_not_meet(elsewhere):
     assert len(list((elsewhere / "__pycache__").iterdir())) == 2
 
 
+def test_a_damaged_library_is_compiled_again(elsewhere):
+    """A power cut may leave an empty file under the right name; that must not mean the slow path for ever."""
+    decode.library()
+    (made,) = (elsewhere / "__pycache__").iterdir()
+    size = made.stat().st_size
+    made.unlink()  # the old one stays mapped in this process
+    made.write_bytes(b"")
+    decode.library.cache_clear()
+    assert decode.library().step and made.stat().st_size == size
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root writes everywhere, Windows knows no such modes")
 def test_a_folder_that_cannot_be_written_is_no_obstacle(elsewhere):
     elsewhere.chmod(0o500)
