@@ -12,7 +12,6 @@ One generation runs at a time, the others wait in a queue; each has a cache and 
 choose among the runs under out/ and --model, and cannot name another path. Nothing is fetched from another host.
 """
 
-import html
 import json
 import os
 import random
@@ -21,15 +20,18 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from html import escape
 from itertools import zip_longest
 from pathlib import Path
 
 import gradio as gr
 import pandas as pd
 
+from checkpoint import find, load, metadata, newest_run
 from config import UserError, guard, override
-from model import ModelError
-from sample import file_sha256, find, generate, load, metadata, newest_run, pick_device, pick_dtype, stream_text
+from device import pick_device, pick_dtype
+from files import file_sha256
+from sample import generate, stream_text
 
 
 @dataclass
@@ -46,8 +48,9 @@ RUNS = Path("out")
 MAX_PROMPT = 4000  # characters; of a longer prompt the end is read
 MAX_WAITING = 16  # requests in the queue; the next one is told to come back later
 REFRESH = 3  # seconds between looks at the disk, for new runs and new lines in a log
-LOADED_AT_ONCE = 2  # models kept in memory: the two that Compare wants
-# Every number a visitor can send: lowest, highest, default, step, name, help. The page and the server both go by this.
+LOADED_AT_ONCE = 2  # models kept in memory: the two that Compare needs
+EXAMPLES = ["ROMEO:", "To be, or not to be,", "Once upon a time", "The sea was calm and"]
+# Every number a visitor can send: lowest, highest, default, step, label, help. The page and the server both use this.
 KNOBS = dict(
     max_new_tokens=(10, 1024, 200, 1, "Length", "At most so many tokens (pieces of words); the model may end sooner."),
     temperature=(0.0, 2.0, 0.8, 0.05, "Temperature", "0 always takes the likeliest token; 1 is lively; 2 is noise."),
@@ -57,19 +60,18 @@ KNOBS = dict(
     repetition_penalty=(1.0, 2.0, 1.0, 0.05, "Repetition penalty", "Above 1, words already used become less likely."),
     seed=(0, 2**31 - 1, 0, 1, "Seed", "The same number gives the same text again. 0 draws a new one each time."),
 )  # fmt: skip
-EXAMPLES = ["ROMEO:", "To be, or not to be,", "Once upon a time", "The sea was calm and"]
 
 
 def clamp(name: str, value) -> int | float:
-    """`value` moved into the range of its knob; UserError if it is no number."""
+    """`value` moved into the range of the knob `name`; UserError if it is not a number."""
     low, high, default, *_ = KNOBS[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # the last is NaN
         raise UserError(f"{name}={value!r}: expected a number from {low} to {high}.")
     return type(default)(min(max(value, low), high))
 
 
 def stamp(file: Path) -> tuple[int, int]:
-    """What changes when a file is written again."""
+    """Time of the last change and size: different once a file has been written again."""
     return file.stat().st_mtime_ns, file.stat().st_size
 
 
@@ -82,6 +84,10 @@ def newest_first(name: str) -> list[str]:
     return [run for _, run in sorted(found, reverse=True)]
 
 
+def first(names: list[str]) -> str | None:
+    return names[0] if names else None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # models
 
@@ -89,46 +95,50 @@ def newest_first(name: str) -> list[str]:
 class Models:
     """The models a visitor may choose, loaded at first use and shared. A change on disk is noticed at the next use."""
 
-    def __init__(self, given: str, device: str, dtype):
-        self.given_folder = find(given) if given else None  # a hub id touches the network here or never
-        self.given = str(Path(given)) if given and Path(given).is_dir() else given
+    def __init__(self, extra: str, device: str, dtype):
+        """extra: the directory or hub id of --model, which may lie outside out/; empty for none."""
+        self.extra_folder = find(extra) if extra else None  # the only place where a hub id may be downloaded
+        self.extra = str(Path(extra)) if extra and Path(extra).is_dir() else extra
         self.device, self.dtype = device, dtype
         self.loaded = {}  # (name, int8) -> (files on disk, model, tokenizer), the latest used last
         self.lock = threading.Lock()
 
     def names(self) -> list[str]:
         """What can be chosen: --model first, then the runs, the newest first."""
-        return list(dict.fromkeys(filter(None, [self.given, *newest_first("model.safetensors")])))
+        runs = [run for run in newest_first("model.safetensors") if run != self.extra]
+        return [self.extra, *runs] if self.extra else runs
 
     def folder(self, name: str) -> Path:
-        if name and name == self.given:
-            return self.given_folder
+        """Where the model is; UserError for a name that is not in the list."""
+        if name and name == self.extra:
+            return self.extra_folder
         if not name or name not in self.names():
-            newest_run(RUNS)  # says what to run if there is no model at all
+            newest_run(RUNS)  # its own UserError, with the command to run, if there is no model at all
             raise UserError(f"{name or '?'}: no such model here (any more). Choose one of: {', '.join(self.names())}.")
         return Path(name)
 
     def get(self, name: str, int8: bool = False):
-        """Model, tokenizer; ModelError or UserError where it has gone or is damaged: never another one in its place."""
+        """Model and tokenizer. UserError where it has gone or is damaged; no other model is put in its place."""
         with self.lock:
             folder = self.folder(name)
             weights = sorted(folder.glob("*.safetensors"))
             if not weights:
                 self.loaded.pop((name, int8), None)
-                raise ModelError(f"{name} has gone from the disk. Choose another model, or train it again.")
+                raise UserError(f"{name} has gone from the disk. Choose another model, or train it again.")
             files = [(f.name, *stamp(f)) for f in [*weights, *sorted(folder.glob("*.json"))]]
             if "untrained" in metadata(folder):
                 raise UserError(f"{name} has not been trained yet: it holds random weights until its first evaluation.")
-            old = self.loaded.pop((name, int8), None)
-            if old is None or old[0] != files:
+            entry = self.loaded.pop((name, int8), None)
+            if entry is None or entry[0] != files:
+                changed = entry is not None
                 while len(self.loaded) >= LOADED_AT_ONCE:
-                    del self.loaded[next(iter(self.loaded))]
-                new = (files, *load(folder, self.device, self.dtype, "int8" if int8 else ""))
-                if old:
+                    del self.loaded[next(iter(self.loaded))]  # the one that was not used for the longest time
+                entry = (files, *load(folder, self.device, self.dtype, "int8" if int8 else ""))
+                if changed:
                     gr.Info(f"{name} has changed on disk and was loaded again.")
-                old = new
-            self.loaded[name, int8] = old
-            return old[1:]
+            self.loaded[name, int8] = entry
+            _, model, tokenizer = entry
+            return model, tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,7 +148,7 @@ class Models:
 @dataclass
 class Token:
     text: str
-    ends: bool  # it is one that ends a text
+    ends: bool  # whether it is a token that ends a text
     p: float  # the model's own probability, before temperature and the filters
     others: list[tuple[str, float]]  # the likeliest tokens at this place, with their probabilities
 
@@ -151,8 +161,8 @@ class Record:
     tokens: list[Token] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # the model's time for each token
     seed: int = 0
-    stopped: bool = False  # somebody wants it to end
-    why: str = ""  # it ended; empty while it goes on
+    stopped: bool = False  # set from outside to end it
+    why: str = ""  # the reason why it ended; empty while it goes on
 
     @property
     def text(self) -> str:
@@ -160,14 +170,16 @@ class Record:
 
 
 def spell(tokenizer, i: int) -> str:
-    """A token of its own, for the list of alternatives, with white space made visible."""
+    """The text of token `i` alone, for the list of alternatives, with white space made visible."""
     text = tokenizer.decode([i], skip_special_tokens=False)
     return text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5") or "(nothing)"
 
 
 def write(models: Models, record: Record, name: str, int8: bool, prompt: str, **numbers):
-    """Fill `record` with a continuation of `prompt`. Yields after every token, so that closing this iterator, or
-    setting record.stopped, ends the computation with the token at hand."""
+    """Fill `record` with a continuation of `prompt` by the model `name`. numbers: a value for each of KNOBS.
+
+    Yields after every token. Closing this iterator, or setting record.stopped, ends the work with the token at hand.
+    """
     numbers = {key: clamp(key, value) for key, value in numbers.items()}
     if not isinstance(prompt, str):
         raise UserError("the prompt must be text.")
@@ -176,51 +188,54 @@ def write(models: Models, record: Record, name: str, int8: bool, prompt: str, **
     model, tokenizer = models.get(name, int8)
     # an empty prompt begins where a text begins: after a line break, as in sample.py
     prompt_ids = tokenizer.encode(record.prompt or "\n", add_special_tokens=False).ids
-    numbers["top_k"] = numbers["top_k"] or None  # 0 is how the page says "off"
+    numbers["top_k"] = numbers["top_k"] or None  # the page's 0 for "off" is None in generate()
     steps = generate(model, prompt_ids, **numbers, with_logits=True)
-
-    def recorded():
-        while not record.stopped:
-            started = time.perf_counter()
-            step = next(steps, None)
-            if step is None:
-                ended = record.tokens[-1].ends
-                record.why = "the model ended the text" if ended else "it reached the length that was set"
-                return
-            new, logits = step
-            probability = logits[0].float().softmax(-1)
-            top = probability.topk(min(6, len(probability)))
-            others = [(spell(tokenizer, i), p) for i, p in zip(top.indices.tolist(), top.values.tolist())]
-            record.tokens.append(Token("", int(new) in model.config.eos_ids, float(probability[new[0]]), others))
-            record.seconds.append(time.perf_counter() - started)
-            yield new
-        record.why = "you stopped it"
-
-    for piece in stream_text(tokenizer, recorded()):
+    for piece in stream_text(tokenizer, recorded(steps, record, tokenizer, model.config.eos_ids)):
         record.tokens[-1].text += piece  # a character that spans tokens belongs to the last of them
         yield
 
 
+def recorded(steps, record: Record, tokenizer, eos_ids):
+    """Yield the ids of `steps`, adding each token to `record` without its text, until they end or record.stopped."""
+    while not record.stopped:
+        started = time.perf_counter()
+        step = next(steps, None)
+        if step is None:
+            ended = record.tokens[-1].ends
+            record.why = "the model ended the text" if ended else "it reached the length that was set"
+            return
+        new, logits = step  # (1,), (1, V)
+        probability = logits[0].float().softmax(-1)
+        top = probability.topk(min(6, len(probability)))
+        others = [(spell(tokenizer, i), p) for i, p in zip(top.indices.tolist(), top.values.tolist())]
+        record.tokens.append(Token("", int(new) in eos_ids, float(probability[new[0]]), others))
+        record.seconds.append(time.perf_counter() - started)
+        yield new
+    record.why = "you stopped it"
+
+
 @contextmanager
-def toasts():
-    """A mistake becomes a message in the corner of the page, or an AppError in gradio_client; the app goes on."""
+def errors_as_toasts():
+    """A user's mistake becomes a message in the corner of the page, or an AppError in gradio_client."""
     try:
         yield
-    except (UserError, ModelError, OSError) as error:
-        raise gr.Error(html.escape(str(error), quote=False), duration=20, print_exception=False) from None
+    except (UserError, OSError) as error:
+        raise gr.Error(escape(str(error), quote=False), duration=20, print_exception=False) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # HTML: everything that came from a model, a file or a visitor goes through escape()
 
-escape = html.escape
+
+def status_html(facts: list[str]) -> str:
+    return f'<p class="status">{escape(" · ".join(facts))}</p>'
 
 
-def bad(message) -> str:
+def error_html(message) -> str:
     return f'<p class="status bad">{escape(str(message))}</p>'
 
 
-def page(record: Record | None) -> str:
+def text_html(record: Record | None) -> str:
     """The prompt, set off, and what the model wrote."""
     if record is None:
         return '<div class="paper empty">The text will appear here.</div>'
@@ -229,7 +244,8 @@ def page(record: Record | None) -> str:
     return f'<div class="paper follow" tabindex="0" role="region" aria-label="The text"><div>{text}</div></div>'
 
 
-def summary(record: Record | None) -> str:
+def facts_html(record: Record | None) -> str:
+    """The line below a text: length, speed, seed, and why it stopped."""
     if record is None or not record.tokens:
         return f'<p class="facts">{escape(record.why if record else "")}</p>'
     facts = [f"{len(record.tokens)} tokens"]
@@ -244,7 +260,7 @@ def summary(record: Record | None) -> str:
 SHADES = ((0.8, "almost certain"), (0.5, "likely"), (0.2, "one of a few"), (0.05, "unusual"), (0.0, "a long shot"))
 
 
-def inside(record: Record | None) -> str:
+def tokens_html(record: Record | None) -> str:
     """Each token on the colour of its probability, with its alternatives as data for INSIDE_JS."""
     if record is None or not record.tokens:
         return '<div class="paper empty">Write something first: the text appears here again, token by token.</div>'
@@ -264,75 +280,41 @@ def inside(record: Record | None) -> str:
     )
 
 
-INSIDE_JS = """
-let at = -1;
-const show = (token, pinned) => {
-    const [p, others] = JSON.parse(token.dataset.t), box = element.querySelector('.odds');
-    element.querySelectorAll('.t.here').forEach(t => t.classList.remove('here'));
-    token.classList.add('here');
-    if (pinned) at = [...element.querySelectorAll('[data-t]')].indexOf(token);
-    const percent = x => x >= 0.1 ? Math.round(100 * x) + '%' : (100 * x).toPrecision(2) + '%';
-    const head = document.createElement('p');
-    head.textContent = 'The model gave this token ' + percent(p) + '. Its first choices here were:';
-    const rows = others.map(([text, q]) => {
-        const row = document.createElement('div'), bar = document.createElement('i');
-        row.append(Object.assign(document.createElement('code'), {textContent: text}), bar, percent(q));
-        bar.style.setProperty('--w', 100 * q + '%');
-        return row;
-    });
-    box.replaceChildren(head, ...rows);
-};
-element.addEventListener('mouseover', e => { if (e.target.dataset.t) show(e.target, false); });
-element.addEventListener('click', e => { if (e.target.dataset.t) show(e.target, true); });
-element.addEventListener('keydown', e => {
-    const tokens = element.querySelectorAll('[data-t]'), step = {ArrowRight: 1, ArrowLeft: -1}[e.key];
-    if (!step || !tokens.length) return;
-    e.preventDefault();
-    at = Math.min(Math.max(at + step, 0), tokens.length - 1);
-    show(tokens[at], true);
-    tokens[at].scrollIntoView({block: 'nearest'});
-});
-"""
-
-
-def table(rows: list[tuple[str, str, str]]) -> str:
-    cells = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}<small>{escape(c)}</small></td></tr>" for a, b, c in rows)
-    return f'<table class="card">{cells}</table>'
-
-
-def facts(models: Models, name: str, int8: bool) -> tuple[str, str]:
-    """A line for the top of the page and the table of the Model tab, from the files and the loaded model alone."""
+def model_html(models: Models, name: str, int8: bool) -> tuple[str, str]:
+    """The line at the top of the page and the table of the Model tab, from the files and the loaded model alone."""
     try:
         model, tokenizer = models.get(name, int8)
         folder = models.folder(name)
-        meta, c, n = metadata(folder), model.config, model.num_parameters()
+        meta, c, count = metadata(folder), model.config, model.num_parameters()
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
         sha256 = file_sha256(folder / "tokenizer.json")
-    except (UserError, ModelError, OSError) as error:
-        return bad(error), bad(error)
-    line, number = [name, f"{n['total'] / 1e6:.1f} million parameters"], "{:,}".format
+    except (UserError, OSError) as error:
+        return error_html(error), error_html(error)
+    kind = "int8" if int8 else str(model.dtype).removeprefix("torch.")
+    line = [name, f"{count['total'] / 1e6:.1f} million parameters"]
     rows = [
         ("Directory", str(folder), "everything below is read from the files there"),
-        ("Parameters", number(n["total"]), f"of these {number(n['embeddings'])} in the table of tokens"),
-        ("Layers", number(c.num_hidden_layers), "each lets a token look back at the others, then works on it alone"),
-        ("Width", number(c.hidden_size), f"numbers that stand for a token; {c.intermediate_size} inside an MLP"),
+        ("Parameters", f"{count['total']:,}", f"of these {count['embeddings']:,} in the table of tokens"),
+        ("Layers", f"{c.num_hidden_layers:,}", "each lets a token look back at the others, then works on it alone"),
+        ("Width", f"{c.hidden_size:,}", f"numbers that stand for a token; {c.intermediate_size} inside an MLP"),
         ("Heads", f"{c.num_attention_heads} for queries, {c.num_key_value_heads} for keys", f"each {c.head_dim} wide"),
-        ("Context", f"{number(c.max_position_embeddings)} tokens", "how far back it can look in a text"),
-        ("Vocabulary", f"{number(tokenizer.get_vocab_size())} tokens", f"tokenizer.json, sha256 {sha256[:12]}"),
-        ("Weights", f"{'int8' if int8 else str(model.dtype)[6:]} on {model.device}", f"{size:.1f} MB on disk"),
-    ]  # fmt: skip
+        ("Context", f"{c.max_position_embeddings:,} tokens", "how far back it can look in a text"),
+        ("Vocabulary", f"{tokenizer.get_vocab_size():,} tokens", f"tokenizer.json, sha256 {sha256[:12]}"),
+        ("Weights", f"{kind} on {model.device}", f"{size:.1f} MB on disk"),
+    ]
     if "step" in meta:
-        line.append(f"step {int(meta['step']):,}")
-        rows.append(("Training step", number(int(meta["step"])), "the one with the lowest validation loss so far"))
+        step = f"{int(meta['step']):,}"
+        line.append(f"step {step}")
+        rows.append(("Training step", step, "the one with the lowest validation loss so far"))
     if "val_bpb" in meta:
-        bpb = f"{float(meta['val_bpb']):.3f} bits per byte"
-        line.append(bpb)
-        rows.append(("Validation", bpb, "what it takes to encode text it never saw; less is better"))
-    return f'<p class="status">{escape(" · ".join(line))}</p>', table(rows)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# training
+        bits = f"{float(meta['val_bpb']):.3f} bits per byte"
+        line.append(bits)
+        rows.append(("Validation", bits, "what it takes to encode text it never saw; less is better"))
+    cells = "".join(
+        f"<tr><th>{escape(label)}</th><td>{escape(value)}<small>{escape(hint)}</small></td></tr>"
+        for label, value, hint in rows
+    )
+    return status_html(line), f'<table class="card">{cells}</table>'
 
 
 def read_log(run: str) -> list[dict]:
@@ -349,36 +331,269 @@ def read_log(run: str) -> list[dict]:
 
 
 def curve(rows: list[dict], key: str, name: str, most: int = 400) -> list[tuple[int, float, str]]:
-    """(step, value, name) of one curve, thinned to about `most` points: a page cannot show more."""
+    """(step, value, name) of one curve without NaN, thinned to at most 2 * `most` points, the last one included."""
     points = [(r["step"], r[key], name) for r in rows if isinstance(r.get(key), int | float) and r[key] == r[key]]
     every = max(1, len(points) // most)
-    return points[::every] + points[-1:] * (every > 1)
+    return points if every == 1 else [*points[::every], points[-1]]
 
 
-def training(run: str):
-    """What the Training tab shows of a run: a line of facts, three tables of points, the samples of text."""
+def training_view(run: str):
+    """A line of facts; tables of (step, value, curve) for loss, learning rate and speed; the samples of text."""
     rows = read_log(run)
     evals = [r for r in rows if "val_loss" in r]
-    loss = curve(rows, "loss", "training") + curve(evals, "val_loss", "validation")
     line = [run, f"step {max((r['step'] for r in rows), default=0):,}"]
+    loss = curve(rows, "loss", "training") + curve(evals, "val_loss", "validation")
     if evals:
         best = min(evals, key=lambda r: r["val_loss"])
-        ys = [y for _, y, _ in loss]
-        loss += [(best["step"], min(ys), "best"), (best["step"], max(ys), "best")]  # two points: an upright line
         line.append(f"best at step {best['step']:,}: validation loss {best['val_loss']:.3f}")
         if "val_bpb" in best:
             line.append(f"{best['val_bpb']:.3f} bits per byte")
+        ys = [y for _, y, _ in loss]
+        loss += [(best["step"], min(ys), "best"), (best["step"], max(ys), "best")]  # two points: an upright line
+    tables = (
+        pd.DataFrame(loss, columns=["step", "loss", "curve"]),
+        pd.DataFrame(curve(rows, "lr", "learning rate"), columns=["step", "learning rate", "curve"]),
+        pd.DataFrame(curve(rows, "tok_per_s", "throughput"), columns=["step", "tokens per second", "curve"]),
+    )
     samples = "".join(
         f"<dt>step {r['step']:,}</dt><dd>{escape(str(r['sample']))}</dd>" for r in rows if r.get("sample")
-    ) or "<dd>No samples in this log: train with --sample_interval=500, say.</dd>"  # fmt: skip
-    rate, speed = curve(rows, "lr", "learning rate"), curve(rows, "tok_per_s", "throughput")
-    named = ((loss, "loss"), (rate, "learning rate"), (speed, "tokens per second"))
-    frames = [pd.DataFrame(points, columns=["step", y, "curve"]) for points, y in named]
-    return f'<p class="status">{escape(" · ".join(line))}</p>', *frames, f'<dl class="samples">{samples}</dl>'
+    )
+    samples = samples or "<dd>No samples in this log: train with --sample_interval=500, say.</dd>"
+    return status_html(line), *tables, f'<dl class="samples">{samples}</dl>'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the page
+# the page: each part of the layout returns the components that the events below need
+
+
+@dataclass
+class Panel:
+    """A prompt with its buttons and the texts of the models that continue it: one in Write, two in Compare."""
+
+    prompt: gr.Textbox
+    go: gr.Button
+    stop: gr.Button
+    models: list[gr.Dropdown]
+    texts: list[gr.HTML]  # one per model, as are the facts
+    facts: list[gr.HTML]
+    clear: gr.Button | None = None  # in Write alone, as is the next
+    tokens: gr.HTML | None = None  # the view of See inside
+
+    def shown(self) -> list[gr.HTML]:
+        return [*self.texts, *self.facts] + ([] if self.tokens is None else [self.tokens])
+
+    def draw(self, records: list[Record], with_tokens: bool = True) -> list:
+        """Values for shown(): of no records the empty page; without with_tokens that view stays as it is."""
+        records = records or [None] * len(self.models)
+        values = [text_html(record) for record in records] + [facts_html(record) for record in records]
+        if self.tokens is not None:
+            values.append(tokens_html(records[0]) if with_tokens else gr.skip())
+        return values
+
+
+def sidebar(names: list[str]):
+    with gr.Sidebar(width=300):
+        model = gr.Dropdown(names, label="Model", info="The runs under out/, the newest first.")
+        int8 = gr.Checkbox(False, label="int8 weights", info="A quarter of the memory; a little less exact.")
+        knobs = []
+        for name, (low, high, default, step, label, hint) in KNOBS.items():
+            looks = dict(minimum=low, maximum=high, value=default, step=step, label=label, info=hint)
+            knobs.append(gr.Number(**looks, precision=0) if name == "seed" else gr.Slider(**looks, buttons=[]))
+    return model, int8, knobs
+
+
+def prompt_box(**more) -> gr.Textbox:
+    hint = "Begin a text; the model goes on. Enter sends, Shift+Enter makes a new line."
+    return gr.Textbox(label="Prompt", lines=1, max_lines=8, placeholder=hint, **more)
+
+
+def write_tabs(model: gr.Dropdown) -> Panel:
+    """Write and See inside: two views of one text."""
+    with gr.Tab("Write"):
+        prompt = prompt_box(autofocus=True, elem_id="prompt")
+        with gr.Row():
+            go = gr.Button("Generate", variant="primary", min_width=80)
+            stop = gr.Button("Stop", min_width=80)
+            clear = gr.Button("Clear", min_width=80)
+        text, facts = gr.HTML(text_html(None), elem_id="text"), gr.HTML(facts_html(None))
+        gr.Examples(EXAMPLES, prompt, label="Or begin with one of these")
+    with gr.Tab("See inside"):
+        gr.Markdown(
+            "A language model gives every token it knows a probability of coming next, and draws one. Here "
+            "is the text of the Write tab, each token on the colour of the probability it had."
+        )
+        tokens = gr.HTML(tokens_html(None), js_on_load=INSIDE_JS, elem_id="inside")
+    return Panel(prompt, go, stop, [model], [text], [facts], clear, tokens)
+
+
+def compare_tab(names: list[str]) -> Panel:
+    with gr.Tab("Compare"):
+        gr.Markdown("The same prompt, the same settings and the same seed, through two models.")
+        prompt = prompt_box(elem_id="both")
+        with gr.Row():
+            go = gr.Button("Compare", variant="primary", min_width=80)
+            stop = gr.Button("Stop", min_width=80)
+        panel = Panel(prompt, go, stop, models=[], texts=[], facts=[])
+        left = first(names)
+        right = names[1] if len(names) > 1 else left
+        with gr.Row():
+            for label, name in (("Left", left), ("Right", right)):
+                with gr.Column(min_width=280):
+                    panel.models.append(gr.Dropdown(names, value=name, label=label))
+                    panel.texts.append(gr.HTML(text_html(None)))
+                    panel.facts.append(gr.HTML(facts_html(None)))
+    return panel
+
+
+def training_tab():
+    """The choice of a run, and what is drawn of it: a component for each output of training_view()."""
+    colors = {"training": "#8aa0a8", "validation": "#0d9488", "best": "#ea580c"}
+    colored = dict(color="curve", color_title=" ", color_map=colors, height=300, elem_id="loss")
+    small = dict(x="step", min_width=280, y_lim=[0, None], height=220)
+    with gr.Tab("Training"):
+        run = gr.Dropdown(newest_first("log.jsonl"), value=None, label="Run", info="Redrawn while the run goes on.")
+        line = gr.HTML()
+        loss = gr.LinePlot(x="step", y="loss", **colored)
+        with gr.Row():
+            rate, speed = gr.LinePlot(y="learning rate", **small), gr.LinePlot(y="tokens per second", **small)
+        gr.Markdown("### What it wrote on the way")
+        samples = gr.HTML()
+    return run, [line, loss, rate, speed, samples]
+
+
+def build(models: Models) -> gr.Blocks:
+    """The whole page. Nothing is loaded and nothing served until it is launched and used."""
+    names = models.names()
+    with gr.Blocks(title="nanoSmol playground", fill_width=True, analytics_enabled=False) as demo:
+        model, int8, knobs = sidebar(names)
+        gr.Markdown("# nanoSmol playground")
+        status = gr.HTML()
+        with gr.Tabs():
+            writing = write_tabs(model)
+            comparing = compare_tab(names)
+            run, drawing = training_tab()
+            with gr.Tab("Model"):
+                card = gr.HTML()
+        generation = connect_panel(writing, models, int8, knobs)
+        connect_panel(comparing, models, int8, knobs)
+        describe = dict(
+            fn=lambda name, int8: model_html(models, name, int8), inputs=[model, int8], outputs=[status, card],
+            concurrency_limit=None, show_progress="hidden", **PRIVATE,
+        )  # fmt: skip
+        gr.on([demo.load, model.change, int8.change], **describe)
+        generation.then(**describe)  # the model may have been loaded again
+        connect_refresh(demo, models, run, drawing, [model, *comparing.models])
+        add_api(models)
+    return demo.queue(max_size=MAX_WAITING)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# events
+
+ONE_AT_A_TIME = dict(concurrency_id="model", concurrency_limit=1)  # shared by all that generate
+PRIVATE = dict(api_visibility="private")  # the page's own events; programs have /generate
+QUIET = dict(queue=False, show_progress="hidden", **PRIVATE)
+
+
+def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
+    """Make the buttons of a panel write, stop and clear. Returns the event of generating."""
+    box = gr.State([])  # this visitor's records; a list, so that Stop sees them while they are being filled
+
+    def write_all(box, int8, prompt, *rest):
+        names, numbers = rest[: len(panel.models)], dict(zip(KNOBS, rest[len(panel.models) :]))
+        records = [Record() for _ in names]
+        box[:] = records
+        if len(prompt) > MAX_PROMPT:
+            gr.Info(f"Of a prompt longer than {MAX_PROMPT:,} characters only the end is read.")
+        tokens_drawn = time.perf_counter()
+        with errors_as_toasts():
+            numbers["seed"] = clamp("seed", numbers["seed"]) or random.randrange(1, 2**31)  # one for all
+            writers = [write(models, r, name, int8, prompt, **numbers) for r, name in zip(records, names)]
+            for _ in zip_longest(*writers):  # a token of each model in turn
+                due = time.perf_counter() - tokens_drawn > 0.5  # the coloured view is large: not at every token
+                if due:
+                    tokens_drawn = time.perf_counter()
+                yield panel.draw(records, with_tokens=due)
+            yield panel.draw(records)
+
+    def stop(box):
+        for record in box:
+            record.stopped, record.why = True, record.why or "you stopped it"
+        return panel.draw(box)
+
+    def clear(box):
+        stop(box)
+        return ["", *panel.draw([])]
+
+    generation = gr.on(
+        [panel.go.click, panel.prompt.submit], write_all, [box, int8, panel.prompt, *panel.models, *knobs],
+        panel.shown(), show_progress="minimal", show_progress_on=panel.texts, **ONE_AT_A_TIME, **PRIVATE,
+    )  # fmt: skip
+    panel.stop.click(stop, box, panel.shown(), cancels=generation, **QUIET)
+    if panel.clear is not None:
+        panel.clear.click(clear, box, [panel.prompt, *panel.shown()], cancels=generation, **QUIET)
+    return generation
+
+
+def connect_refresh(demo, models: Models, run: gr.Dropdown, drawing: list, model_lists: list[gr.Dropdown]):
+    """Every REFRESH seconds redraw what is out of date: the lists of models and runs, and the curves of the run."""
+    seen = gr.State({})  # what this visitor's page was last drawn from
+
+    def refresh(seen, run, *chosen):
+        names, runs = models.names(), newest_first("log.jsonl")
+        if run not in runs:  # none is chosen yet, or it has gone
+            run = chosen[0] if chosen[0] in runs else first(runs)
+        now = dict(lists=[sorted(names), sorted(runs)])
+        lists, drawn = [gr.skip()] * (len(chosen) + 1), [gr.skip()] * len(drawing)
+        if now["lists"] != seen.get("lists"):
+            # a chosen model that has gone stays in the list, and using it gives the error; no other is put in its place
+            choices = list(dict.fromkeys([*names, *filter(None, chosen)]))
+            lists = [gr.update(choices=choices, value=name or first(names)) for name in chosen]
+            lists.append(gr.update(choices=runs, value=run))
+        if run is None:
+            line = "No training log under out/ yet. Start one: python train.py config/tiny_shakespeare.py"
+            drawn[0] = error_html(line)
+        else:
+            with suppress(OSError):  # deleted since; the next look will see it
+                now["log"] = run, *stamp(Path(run) / "log.jsonl")
+                if now["log"] != seen.get("log"):
+                    drawn = training_view(run)
+        seen.clear()
+        seen.update(now)
+        return *lists, *drawn
+
+    gr.on(
+        [demo.load, gr.Timer(REFRESH).tick, run.input], refresh, [seen, run, *model_lists],
+        [*model_lists, run, *drawing], **QUIET,
+    )  # fmt: skip
+
+
+def add_api(models: Models):
+    """The endpoint /generate, the only one for programs. gradio shows them its signature and its docstring."""
+
+    def generate_api(
+        prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0,
+        min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, model: str = "", int8: bool = False,
+    ) -> str:  # fmt: skip
+        """Continue `prompt`, of which the last 4,000 characters are read; streams the text so far, without the
+        prompt. model: a name from the page's list, empty for the first. Numbers are moved into their range; seed 0
+        draws one, top_k 0 and min_p 0 are off."""
+        record = Record()
+        numbers = dict(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, seed=seed,
+        )  # fmt: skip
+        with errors_as_toasts():
+            name = model or first(models.names()) or ""
+            for _ in write(models, record, name, bool(int8), prompt, **numbers):
+                yield record.text
+            yield record.text
+
+    gr.api(generate_api, api_name="generate", **ONE_AT_A_TIME)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# theme, CSS and JavaScript
 
 THEME = gr.themes.Base(
     primary_hue="teal", neutral_hue="stone", radius_size="sm",
@@ -438,167 +653,49 @@ main.contain { max-width: 62rem; }
 :focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 1px; }
 """
 
+# The See inside view; gradio runs this with `element` bound to it. Each token's data-t holds its probability and the
+# likeliest tokens at its place, as tokens_html() wrote them.
+INSIDE_JS = """
+let at = -1;
+const show = (token, pinned) => {
+    const [p, others] = JSON.parse(token.dataset.t), box = element.querySelector('.odds');
+    element.querySelectorAll('.t.here').forEach(t => t.classList.remove('here'));
+    token.classList.add('here');
+    if (pinned) at = [...element.querySelectorAll('[data-t]')].indexOf(token);
+    const percent = x => x >= 0.1 ? Math.round(100 * x) + '%' : (100 * x).toPrecision(2) + '%';
+    const head = document.createElement('p');
+    head.textContent = 'The model gave this token ' + percent(p) + '. Its first choices here were:';
+    const rows = others.map(([text, q]) => {
+        const row = document.createElement('div'), bar = document.createElement('i');
+        row.append(Object.assign(document.createElement('code'), {textContent: text}), bar, percent(q));
+        bar.style.setProperty('--w', 100 * q + '%');
+        return row;
+    });
+    box.replaceChildren(head, ...rows);
+};
+element.addEventListener('mouseover', e => { if (e.target.dataset.t) show(e.target, false); });
+element.addEventListener('click', e => { if (e.target.dataset.t) show(e.target, true); });
+element.addEventListener('keydown', e => {
+    const tokens = element.querySelectorAll('[data-t]'), step = {ArrowRight: 1, ArrowLeft: -1}[e.key];
+    if (!step || !tokens.length) return;
+    e.preventDefault();
+    at = Math.min(Math.max(at + step, 0), tokens.length - 1);
+    show(tokens[at], true);
+    tokens[at].scrollIntoView({block: 'nearest'});
+});
+"""
+
 # On a phone the sidebar would lie over the page; it starts closed there, one tap away.
 NARROW_JS = "() => { if (innerWidth < 768) document.querySelector('.sidebar.open .toggle-button')?.click(); }"
 
 
-def build(models: Models) -> gr.Blocks:
-    """The whole page. Nothing is loaded and nothing served until it is launched and used."""
-    names = models.names()
-    one_at_a_time = dict(concurrency_id="model", concurrency_limit=1)
-    private = dict(api_visibility="private")  # the page's own events; programs have /generate
-    quiet = dict(queue=False, show_progress="hidden", **private)
-    ask = dict(label="Prompt", lines=1, max_lines=8)
-    begin = "Begin a text; the model goes on. Enter sends, Shift+Enter makes a new line."
-    with gr.Blocks(title="nanoSmol playground", fill_width=True, analytics_enabled=False) as demo:
-        with gr.Sidebar(width=300):
-            model = gr.Dropdown(names, label="Model", info="The runs under out/, the newest first.")
-            int8 = gr.Checkbox(False, label="int8 weights", info="A quarter of the memory; a little less exact.")
-            knobs = []
-            for low, high, default, step, label, hint in KNOBS.values():
-                a = dict(minimum=low, maximum=high, value=default, step=step, label=label, info=hint)
-                knobs.append(gr.Number(**a, precision=0) if label == "Seed" else gr.Slider(**a, buttons=[]))
-        gr.Markdown("# nanoSmol playground")
-        status = gr.HTML()
-        with gr.Tabs():
-            with gr.Tab("Write"):
-                prompt = gr.Textbox(**ask, placeholder=begin, autofocus=True, elem_id="prompt")
-                with gr.Row():
-                    go = gr.Button("Generate", variant="primary", min_width=80)
-                    stop = gr.Button("Stop", min_width=80)
-                    clear = gr.Button("Clear", min_width=80)
-                text, stats = gr.HTML(page(None), elem_id="text"), gr.HTML(summary(None))
-                gr.Examples(EXAMPLES, prompt, label="Or begin with one of these")
-            with gr.Tab("See inside"):
-                gr.Markdown(
-                    "A language model gives every token it knows a probability of coming next, and draws one. Here "
-                    "is the text of the Write tab, each token on the colour of the probability it had."
-                )
-                view = gr.HTML(inside(None), js_on_load=INSIDE_JS, elem_id="inside")
-            with gr.Tab("Compare"):
-                gr.Markdown("The same prompt, the same settings and the same seed, through two models.")
-                both_prompt = gr.Textbox(**ask, placeholder=begin, elem_id="both")
-                with gr.Row():
-                    both_go = gr.Button("Compare", variant="primary", min_width=80)
-                    both_stop = gr.Button("Stop", min_width=80)
-                sides, both_outputs = [], []
-                with gr.Row():
-                    for label, name in zip(("Left", "Right"), (names * 2)[: 2 * bool(names)] or (None, None)):
-                        with gr.Column(min_width=280):
-                            sides.append(gr.Dropdown(names, value=name, label=label))
-                            both_outputs += [gr.HTML(page(None)), gr.HTML(summary(None))]
-            with gr.Tab("Training"):
-                run = gr.Dropdown(
-                    newest_first("log.jsonl"), value=None, label="Run", info="Redrawn while the run goes on."
-                )
-                run_line = gr.HTML()
-                colors = {"training": "#8aa0a8", "validation": "#0d9488", "best": "#ea580c"}
-                looks = dict(color="curve", color_title=" ", color_map=colors, height=300, elem_id="loss")
-                plots, axes = [gr.LinePlot(x="step", y="loss", **looks)], dict(x="step", min_width=280, y_lim=[0, None])
-                with gr.Row():
-                    plots += [gr.LinePlot(**axes, y=y, height=220) for y in ("learning rate", "tokens per second")]
-                gr.Markdown("### What it wrote on the way")
-                samples = gr.HTML()
-            with gr.Tab("Model"):
-                card = gr.HTML()
-
-        def connect(triggers, prompt, choices, outputs, view=None):
-            """Make `triggers` write with the chosen models, side by side, into outputs = [page, summary] * models, and
-            the first of them into `view`. Returns the running event and the function and box that stop it."""
-            box = gr.State([])  # this visitor's records; a list, so that Stop sees them while they are being filled
-            shown = [*outputs, view] if view else outputs
-
-            def draw(records, with_view=True):
-                parts = [f(r) for r in records or [None] * len(choices) for f in (page, summary)]
-                return parts + ([inside(records[0] if records else None) if with_view else gr.skip()] if view else [])
-
-            def write_all(box, int8, prompt, *rest):
-                chosen, numbers = rest[: len(choices)], dict(zip(KNOBS, rest[len(choices) :]))
-                records = box[:] = [Record() for _ in chosen]
-                if len(prompt) > MAX_PROMPT:
-                    gr.Info(f"Of a prompt longer than {MAX_PROMPT:,} characters only the end is read.")
-                drawn = time.perf_counter()
-                with toasts():
-                    numbers["seed"] = clamp("seed", numbers["seed"]) or random.randrange(1, 2**31)  # one for all
-                    writers = [write(models, r, name, int8, prompt, **numbers) for r, name in zip(records, chosen)]
-                    for _ in zip_longest(*writers):
-                        late = time.perf_counter() - drawn > 0.5  # the coloured view is large: not at every token
-                        drawn = time.perf_counter() if late else drawn
-                        yield draw(records, late)
-                    yield draw(records)
-
-            def halt(box, forget=False):
-                for record in box:
-                    record.stopped, record.why = True, record.why or "you stopped it"
-                return draw([] if forget else box)
-
-            event = gr.on(
-                triggers, write_all, [box, int8, prompt, *choices, *knobs], shown, **one_at_a_time, **private,
-                show_progress="minimal", show_progress_on=outputs[::2],
-            )  # fmt: skip
-            return event, halt, box, shown
-
-        event, halt, box, shown = connect([go.click, prompt.submit], prompt, [model], [text, stats], view)
-        stop.click(halt, box, shown, cancels=event, **quiet)
-        clear.click(lambda box: ["", *halt(box, forget=True)], box, [prompt, *shown], cancels=event, **quiet)
-        both, halt_both, box, shown = connect([both_go.click, both_prompt.submit], both_prompt, sides, both_outputs)
-        both_stop.click(halt_both, box, shown, cancels=both, **quiet)
-
-        about = dict(inputs=[model, int8], outputs=[status, card], concurrency_limit=None, **private)
-        about |= dict(fn=lambda name, int8: facts(models, name, int8), show_progress="hidden")
-        gr.on([demo.load, model.change, int8.change], **about)
-        event.then(**about)  # the model may have been loaded again
-
-        seen = gr.State({})
-
-        def refresh(seen, run, *chosen):
-            """Redraw what is out of date: the lists of models and runs, and the curves of the run that is shown."""
-            names, runs = models.names(), newest_first("log.jsonl")
-            if run not in runs:
-                run = chosen[0] if chosen[0] in runs else next(iter(runs), None)
-            now, lists, drawn = dict(lists=[sorted(names), sorted(runs)]), [gr.skip()] * 4, [gr.skip()] * 5
-            if now["lists"] != seen.get("lists"):
-                # what a visitor has chosen stays in the list: if it has gone, using it says so
-                choices, first = list(dict.fromkeys([*names, *filter(None, chosen)])), next(iter(names), None)
-                lists = [gr.update(choices=choices, value=name or first) for name in chosen]
-                lists.append(gr.update(choices=runs, value=run))
-            if run is None:
-                drawn[0] = bad("No training log under out/ yet. Start one: python train.py config/tiny_shakespeare.py")
-            else:
-                with suppress(OSError):  # deleted since; the next look will see it
-                    now["log"] = run, *stamp(Path(run) / "log.jsonl")
-                    drawn = drawn if now["log"] == seen.get("log") else training(run)
-            seen.clear()
-            seen.update(now)
-            return *lists, *drawn
-
-        gr.on(
-            [demo.load, gr.Timer(REFRESH).tick, run.input], refresh, [seen, run, model, *sides],
-            [model, *sides, run, run_line, *plots, samples], **quiet,
-        )  # fmt: skip
-
-        def generate_api(
-            prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0,
-            min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, model: str = "", int8: bool = False,
-        ) -> str:  # fmt: skip
-            """Continue `prompt`, of which the last 4,000 characters are read; streams the text so far, without the
-            prompt. model: a name from the page's list, empty for the first. Numbers are moved into their range; seed 0
-            draws one, top_k 0 and min_p 0 are off."""
-            record = Record()
-            numbers = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-            with toasts():
-                name = model or next(iter(models.names()), "")
-                for _ in write(models, record, name, bool(int8), prompt, **dict(zip(KNOBS, numbers))):
-                    yield record.text
-                yield record.text
-
-        gr.api(generate_api, api_name="generate", **one_at_a_time)
-    return demo.queue(max_size=MAX_WAITING)
+# ----------------------------------------------------------------------------------------------------------------------
+# serving
 
 
 def launch_arguments(s: Settings) -> dict:
-    """How the page is served. All that gradio would otherwise take from environment variables is said here."""
-    user, colon, password = s.auth.partition(":")
+    """How the page is served: everything that gradio would otherwise read from environment variables is set here."""
+    user, _, password = s.auth.partition(":")
     if s.auth and not (user and password):
         raise UserError(f"--auth={s.auth}: write --auth=user:password.")
     if s.share and not s.auth:
@@ -614,8 +711,10 @@ def launch_arguments(s: Settings) -> dict:
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     arguments = launch_arguments(s)
+
+    # the first model, so that the first visitor does not wait for it
     models = Models(s.model, pick_device(s.device), pick_dtype(s.dtype))
-    name = next(iter(models.names()), None)
+    name = first(models.names())
     if name:
         started = time.perf_counter()
         print(f"loading {name} ... ", end="", flush=True)
@@ -623,9 +722,11 @@ def main():
         print(f"{model.num_parameters()['total']:,} parameters in {time.perf_counter() - started:.1f} s", flush=True)
     else:
         print("no trained model under out/ yet; the page says how to make one", flush=True)
+
+    # the page, until Ctrl-C
     demo = build(models)
+    os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # gradio reads it where allowed_paths is empty
     try:
-        os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # an empty list of ours would let it speak
         demo.launch(**arguments, prevent_thread_lock=True)
     except OSError as error:
         if "empty port" not in str(error):
@@ -638,4 +739,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main, ModelError)
+    guard(main)

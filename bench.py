@@ -1,15 +1,15 @@
 """
-How fast, beside whom, and how near the machine's own limit.
+How fast, beside which others, and how near the machine's own limit.
 
     python bench.py                                     # everything, in under ten minutes on two CPU cores
     python bench.py --only=decode,decode_int8 --vs=llamacpp
     python bench.py --model=out/smol_shakespeare --vs=none
 
-Each contender (ours, transformers, llama.cpp) lives in a process of its own, is warmed up, and then they take turns,
-A B C A B C, so that a machine whose speed drifts drifts for all of them; the median of the rounds is reported, with
-the lowest and highest. Beside it stands what the hardware allows, measured in the same run: training and prefill are
-bound by matrix products (MFU: useful floating-point operations per second over those of a large bf16 product), decoding
-by memory (bytes of weights per second over those of a plain read). Compiling is timed apart, as "setup".
+Each contender (ours, transformers, llama.cpp) runs in a process of its own and is warmed up. Then they take turns,
+A B C A B C, so that a drift of the machine's speed touches all of them alike. The card shows the median of the rounds,
+the lowest and the highest, and what the hardware allows, measured in the same run: training and prefill are bound by
+matrix products (MFU: useful floating-point operations per second over those of a large bf16 product), decoding by
+memory (bytes of weights per second over those of a plain read). Compiling is timed separately, as "setup".
 
 The last line of stdout is one JSON object.
 """
@@ -32,18 +32,21 @@ from pathlib import Path
 import torch
 
 import prepare
+from checkpoint import config_to_dict, find, from_pretrained, read_tokenizer, save_pretrained, tokenizer_config
 from config import UserError, guard, override
-from model import PRESETS, KVCache, ModelError, SmolLM2, keep_freed_memory, write_json
-from sample import find, generate, pick_device, prefill, read_tokenizer
-from train import make_optimizer, peak_flops
+from device import compile_for_generation, compile_for_training, keep_freed_memory, peak_flops, pick_device
+from files import write_json
+from model import PRESETS, KVCache, SmolLM2
+from quantize import quantize
+from sample import generate, prefill
+from train import make_optimizer
 
 
 @dataclass
 class Settings:
-    only: str = (
-        ""  # which work, comma-separated: train, train_full_vocab, prefill, decode, decode_int8, encode, startup
-    )
-    vs: str = "hf,llamacpp"  # beside whom: hf, llamacpp, none
+    only: str = ""  # which work, comma-separated: train, train_full_vocab, prefill, decode, decode_int8, encode,
+    #                 startup; empty: all
+    vs: str = "hf,llamacpp"  # beside which others: hf, llamacpp, none
     model: str = ""  # model directory or hub id for prefill, decode and startup; empty: random weights, 135M
     repeats: int = 5  # rounds
     device: str = "cpu"  # cpu or cuda
@@ -51,12 +54,15 @@ class Settings:
 
 WORKS = "train train_full_vocab prefill decode decode_int8 encode startup".split()
 UNITS = dict.fromkeys(WORKS, "tok/s") | {"encode": "MB/s", "startup": "s"}
+TRAIN_SHAPE = {"train": (5000, 4, 256), "train_full_vocab": (49152, 2, 512)}  # vocabulary, rows, tokens per row
+PREFILL = 512  # tokens
 PROMPT, NEW = 16, 64  # decoding: tokens of prompt, tokens generated
-PREFILL = 512
+OURS = "ours ours_eager ours_plain".split()
+PEERS = "hf llamacpp tokenizers".split()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# contenders: generators that set up, yield once, and then do one round of work per next(), yielding units per second
+# contenders: generators that set up and yield once; then each next() does one round of work and yields its figure
 
 
 def training(who: str, device: str, vocab: int, rows: int, T: int):
@@ -67,14 +73,14 @@ def training(who: str, device: str, vocab: int, rows: int, T: int):
         keep_freed_memory()  # as train.py does
         model = SmolLM2(config).to(device).train()
         if who == "ours":
-            model.compile_for_training()
+            compile_for_training(model)
 
         def loss_of(ids):
-            return model(ids[:, :-1], ids[:, 1:], logits_to_keep=-1)[1]
+            return model(ids[:, :-1], ids[:, 1:], loss_only=True)[1]
     else:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        model = LlamaForCausalLM(LlamaConfig(**config.to_dict(torch.float32))).to(device).train()
+        model = LlamaForCausalLM(LlamaConfig(**config_to_dict(config, torch.float32))).to(device).train()
 
         def loss_of(ids):
             return model(ids[:, :-1], labels=ids[:, :-1]).loss
@@ -82,7 +88,7 @@ def training(who: str, device: str, vocab: int, rows: int, T: int):
     optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
     ids = torch.randint(0, vocab, (rows, T + 1), device=device)
 
-    def steps(n):
+    def rate(n):
         started = time.perf_counter()
         for _ in range(n):
             with torch.autocast(torch.device(device).type, torch.bfloat16):
@@ -94,20 +100,20 @@ def training(who: str, device: str, vocab: int, rows: int, T: int):
             loss.item()  # waits for a GPU
         return n * rows * T / (time.perf_counter() - started)
 
-    steps(2)
+    rate(2)
     yield
     while True:
-        yield steps(2)
+        yield rate(2)
 
 
 def prefilling(who: str, device: str, folder: str):
+    """A prompt of PREFILL tokens, batch 1, bf16, into an empty cache."""
     ids = torch.randint(0, 1000, (1, PREFILL), generator=torch.Generator().manual_seed(0)).to(device)
     if who == "llamacpp":
         llama = LlamaCpp(Path(folder) / "bf16.gguf")
         yield
         while True:
             yield llama.complete(ids[0].tolist(), 1)["prompt_per_second"]
-    run = None
     if who == "hf":
         model = load_hf(folder, device)
 
@@ -116,7 +122,7 @@ def prefilling(who: str, device: str, folder: str):
                 model(ids, use_cache=True, logits_to_keep=1)
     else:
         keep_freed_memory()  # as sample.py does
-        model = SmolLM2.from_pretrained(folder, device, torch.bfloat16)
+        model = from_pretrained(folder, device, torch.bfloat16)
 
         def run():
             prefill(model, ids, KVCache(model.config, 1, device, torch.bfloat16))
@@ -134,6 +140,8 @@ def prefilling(who: str, device: str, folder: str):
 
 
 def decoding(who: str, device: str, folder: str, int8: bool = False):
+    """NEW tokens after a prompt of PROMPT, batch 1, greedy, in bf16 or int8; the time of the prompt is not counted.
+    ours_plain goes through model.py where ours goes through decode.c."""
     prompt = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
     if who == "llamacpp":
         llama = LlamaCpp(Path(folder) / ("q8_0.gguf" if int8 else "bf16.gguf"))
@@ -155,17 +163,20 @@ def decoding(who: str, device: str, folder: str, int8: bool = False):
         def token_times():
             clock.times = []
             model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, streamer=clock)
-            return clock.times[1:]  # the first call is the prompt
+            return clock.times[1:]  # the first call brings the prompt
     else:
-        model = SmolLM2.from_pretrained(folder, device, torch.bfloat16)
+        model = from_pretrained(folder, device, torch.bfloat16)
         if int8:
-            model.quantize("int8")
+            quantize(model, "int8")
         if device != "cpu":
-            model.compile_for_generation()
+            compile_for_generation(model)
 
         def token_times():
-            steps = generate(model, prompt, NEW, temperature=0, stop_ids=[], use_c=who == "ours")
-            return [synchronize(device) or time.perf_counter() for _ in steps]
+            times = []
+            for _ in generate(model, prompt, NEW, temperature=0, stop_ids=[], use_c=who == "ours"):
+                synchronize(device)
+                times.append(time.perf_counter())
+            return times
 
     def rate():
         times = token_times()
@@ -178,6 +189,7 @@ def decoding(who: str, device: str, folder: str, int8: bool = False):
 
 
 def encoding(who: str):
+    """Text to tokens, on all cores, with one tokenizer for both contenders."""
     text = prepare.PLAY.read_text(encoding="utf-8")
     tokenizer = prepare.train_bpe([text], 4000)
     tokenizer.encode_special_tokens = True
@@ -219,31 +231,33 @@ def machine(device: str):
     big = torch.ones(1 << 26, device=device)  # 256 MB, beyond any cache
     yield
     while True:
-        found = {str(d)[6:]: product_rate(device, d) / 1e9 for d in (torch.bfloat16, torch.float32)}
-        best = 0.0
+        bfloat16, float32 = (product_rate(device, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+        memory = 0.0
         for _ in range(8):
             started = time.perf_counter()
             big.sum()
             synchronize(device)
-            best = max(best, big.numel() * 4 / (time.perf_counter() - started) / 1e9)
-        yield found | {"memory": best}
+            memory = max(memory, big.numel() * 4 / (time.perf_counter() - started) / 1e9)
+        yield dict(bfloat16=bfloat16, float32=float32, memory=memory)
 
 
-def product_rate(device, dtype):
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product, measured."""
     if device == "cpu":
         return peak_flops(device, dtype)[0]
-    a, b = (torch.ones(8192, 8192, device=device, dtype=dtype) for _ in "ab")
-    best = 0.0
+    n, best = 8192, 0.0
+    a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
     for _ in range(10):
         synchronize(device)
         started = time.perf_counter()
         a @ b
         synchronize(device)
-        best = max(best, 2 * 8192**3 / (time.perf_counter() - started))
+        best = max(best, 2 * n**3 / (time.perf_counter() - started))
     return best
 
 
-def synchronize(device):
+def synchronize(device: str):
+    """Wait until a GPU has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -256,7 +270,7 @@ def load_hf(folder, device):
 
 
 class LlamaCpp:
-    """llama.cpp's server, inside this process through the xllamacpp wheel, on a GGUF of the same weights."""
+    """llama.cpp's server, in this process through the xllamacpp wheel, with a GGUF of the same weights."""
 
     def __init__(self, file):
         import xllamacpp
@@ -270,6 +284,7 @@ class LlamaCpp:
         self.complete([1, 2, 3], 8)
 
     def complete(self, ids: list[int], n: int) -> dict:
+        """The server's timings of n greedy tokens after the prompt `ids`, none of which it has cached."""
         body = dict(prompt=ids, n_predict=n, ignore_eos=True, cache_prompt=False, samplers=["top_k"], top_k=1)
         request = urllib.request.Request(
             self.server.listening_address + "/completion",
@@ -285,7 +300,8 @@ class LlamaCpp:
 
 
 def serve(connection, contender, arguments):
-    """The life of a contender's process: set up, say so, do a round whenever asked, tell the peak memory at the end."""
+    """What a contender's process does: set up and send "ready", do a round for each True that it receives, and send the
+    peak of its memory at False."""
     try:
         started = time.perf_counter()
         rounds = contender(*arguments)
@@ -299,7 +315,7 @@ def serve(connection, contender, arguments):
 
 
 def peak_mb() -> float:
-    """The most memory this process has held. (getrusage would count what its parent held when it was started.)"""
+    """The most memory this process has held. (On Linux getrusage would include what its parent held at the start.)"""
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
@@ -310,7 +326,8 @@ def take_turns(contenders: dict[str, tuple], repeats: int) -> dict:
     """Run (function, *arguments) contenders in turns. For each: rounds, setup_s and peak_mb, or why it failed."""
     found, alive = {}, {}
     context = multiprocessing.get_context("spawn")
-    for name, (function, *arguments) in contenders.items():  # one after the other: setting up uses all cores
+    # start them, one after the other, since setting up uses all cores
+    for name, (function, *arguments) in contenders.items():
         print(f"  {name} ...", end=" ", flush=True, file=sys.stderr)
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, function, arguments), daemon=True)
@@ -320,6 +337,7 @@ def take_turns(contenders: dict[str, tuple], repeats: int) -> dict:
         found[name] = dict(rounds=[], setup_s=value) if kind == "ready" else dict(failed=value)
         if kind == "ready":
             alive[name] = ours, process
+    # the rounds
     for _ in range(repeats):
         for name in list(alive):
             alive[name][0].send(True)
@@ -329,6 +347,7 @@ def take_turns(contenders: dict[str, tuple], repeats: int) -> dict:
             else:
                 found[name] = dict(failed=value)
                 alive.pop(name)
+    # their memory, and the end
     for name, (connection, process) in alive.items():
         connection.send(False)
         found[name]["peak_mb"] = receive(connection)[1]
@@ -338,7 +357,8 @@ def take_turns(contenders: dict[str, tuple], repeats: int) -> dict:
     return found
 
 
-def receive(connection):
+def receive(connection) -> tuple:
+    """The next message of a contender's process: what it is, and its value."""
     try:
         return connection.recv()
     except EOFError:
@@ -346,23 +366,26 @@ def receive(connection):
 
 
 def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: str) -> dict[str, tuple]:
-    if work in ("train", "train_full_vocab"):
-        shape = (5000, 4, 256) if work == "train" else (49152, 2, 512)
-        return {
-            who: (training, who, device, *shape)
-            for who in ("ours", "ours_eager", "hf")
-            if who == "ours" or who in vs or (who == "ours_eager" and work == "train")
-        }
-    if work == "prefill":
-        return {who: (prefilling, who, device, ggufs if who == "llamacpp" else folder) for who in ("ours", *vs)}
-    if work in ("decode", "decode_int8"):
-        names = ("ours", "ours_plain", *(v for v in vs if v == "llamacpp" or work == "decode"))
-        return {
-            who: (decoding, who, device, ggufs if who == "llamacpp" else folder, work == "decode_int8") for who in names
-        }
+    """Who does this work: (function, *arguments) by name. folder: of the model; ggufs: of the same as GGUF files."""
+
+    def folder_of(who):
+        return ggufs if who == "llamacpp" else folder
+
+    if work in TRAIN_SHAPE:
+        names = ["ours", "ours_eager"] if work == "train" else ["ours"]
+        names += [v for v in vs if v == "hf"]
+        return {who: (training, who, device, *TRAIN_SHAPE[work]) for who in names}
     if work == "encode":
-        return {"ours": (encoding, "ours"), "tokenizers": (encoding, "tokenizers")}
-    return {who: (starting, who, folder) for who in ("ours", *(v for v in vs if v == "hf"))}
+        return {who: (encoding, who) for who in ("ours", "tokenizers")}
+    if work == "startup":
+        return {who: (starting, who, folder) for who in ("ours", *vs) if who != "llamacpp"}
+    if work == "prefill":
+        return {who: (prefilling, who, device, folder_of(who)) for who in ("ours", *vs)}
+    int8 = work == "decode_int8"
+    names = ["ours", "ours_plain", *vs]
+    if int8:  # transformers has no int8 of this kind
+        names = [who for who in names if who != "hf"]
+    return {who: (decoding, who, device, folder_of(who), int8) for who in names}
 
 
 def summary(work: str, found: dict, limits: dict, weights: dict) -> dict:
@@ -377,31 +400,37 @@ def summary(work: str, found: dict, limits: dict, weights: dict) -> dict:
         result.setdefault("spread", {})[name] = [round(min(one["rounds"]), 2), round(max(one["rounds"]), 2)]
         result.setdefault("setup_s", {})[name] = round(one["setup_s"], 1)
         result.setdefault("peak_mb", {})[name] = round(one["peak_mb"])
-    peers = [result[n] for n in found if not n.startswith("ours") and result[n]]
-    ours = result.get("ours")
+    ours, peers = result.get("ours"), [result[name] for name in PEERS if result.get(name)]
     result["ratio"] = None
     if ours and peers:
         result["ratio"] = round(min(peers) / ours if unit == "s" else ours / max(peers), 2)
-    limit = None
-    if work.startswith("train"):
-        config = replace(PRESETS["135M"], vocab_size=5000 if work == "train" else 49152)
-        with torch.device("meta"):
-            limit = limits["bfloat16"] * 1e9 / SmolLM2(config).flops_per_token(256 if work == "train" else 512)
-    elif work == "prefill":
-        limit = limits["bfloat16"] * 1e9 / (2 * weights["backbone"])
-    elif work.startswith("decode"):
-        limit = limits["memory"] * 1e9 / (weights["total"] * (1 if work == "decode_int8" else 2))
+    limit = hardware_limit(work, limits, weights)
     result["limit"] = limit and round(limit, 1)
     result["limit_fraction"] = round(ours / limit, 3) if ours and limit else None
     return result
 
 
+def hardware_limit(work: str, limits: dict, weights: dict) -> float | None:
+    """Tokens per second that machine()'s figures allow; None for encode and startup, which have no such limit.
+    weights: num_parameters() of the model."""
+    if work in TRAIN_SHAPE:
+        vocab, _, T = TRAIN_SHAPE[work]
+        with torch.device("meta"):
+            model = SmolLM2(replace(PRESETS["135M"], vocab_size=vocab))
+        return limits["bfloat16"] * 1e9 / model.flops_per_token(T)
+    if work == "prefill":
+        return limits["bfloat16"] * 1e9 / (2 * weights["backbone"])
+    if work in ("decode", "decode_int8"):
+        return limits["memory"] * 1e9 / (weights["total"] * (1 if work == "decode_int8" else 2))
+    return None
+
+
 def make_model(folder: Path):
     """Random weights of the 135M shape in bf16, with a tokenizer, so that every script and tool reads the directory."""
     torch.manual_seed(0)
-    SmolLM2(PRESETS["135M"]).to(torch.bfloat16).save_pretrained(folder)
+    save_pretrained(SmolLM2(PRESETS["135M"]).to(torch.bfloat16), folder)
     prepare.train_bpe([prepare.PLAY.read_text(encoding="utf-8")], 4000).save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", prepare.tokenizer_config(prepare.END, 8192))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(prepare.END, 8192))
 
 
 def main():
@@ -423,15 +452,15 @@ def main():
                 folder = find(s.model)
             else:
                 make_model(folder)
-            weights = SmolLM2.from_pretrained(folder).num_parameters()
-            read_tokenizer(folder)
+            weights = from_pretrained(folder).num_parameters()
+            read_tokenizer(folder)  # refused here, and not in a contender's process
             if "llamacpp" in vs:
                 vs = write_ggufs(folder, Path(temporary), vs)
         report(s, device, only, vs, folder, Path(temporary), weights, started)
 
 
 def write_ggufs(folder: Path, temporary: Path, vs: list[str]) -> list[str]:
-    """The same weights for llama.cpp; without its packages it is left out, and the card says how to get them."""
+    """Write the same weights for llama.cpp and return `vs`; where its packages are missing, `vs` without it."""
     try:
         import gguf  # noqa: F401
         import xllamacpp  # noqa: F401
@@ -447,6 +476,7 @@ def write_ggufs(folder: Path, temporary: Path, vs: list[str]) -> list[str]:
 
 
 def report(s, device, only, vs, folder, temporary, weights, started):
+    """Run each work and print its card; then the machine, and everything as one JSON object."""
     results, limits = {}, {}
     for work in only:
         print(f"{work}:", end="", flush=True, file=sys.stderr)
@@ -454,12 +484,24 @@ def report(s, device, only, vs, folder, temporary, weights, started):
         if work not in ("encode", "startup"):
             contenders["machine"] = (machine, device)
         found = take_turns(contenders, s.repeats)
-        here = found.pop("machine", {}).get("rounds", [])
-        # the limit is the best that the machine showed during this work: a slow moment is not the hardware's bound
-        here = {k: max(r[k] for r in here) for k in here[0]} if here else {}
-        limits = {k: max(v, limits.get(k, 0)) for k, v in here.items()} or limits
+        rounds = found.pop("machine", {}).get("rounds", [])
+        # the limit is the best that the machine showed during this work: a slow moment does not bound the hardware
+        here = {key: max(r[key] for r in rounds) for key in rounds[0]} if rounds else {}
+        limits = {key: max(value, limits.get(key, 0)) for key, value in here.items()} or limits
         results[work] = summary(work, found, here, weights)
         print_card(work, results[work])
+    info = machine_info(device, limits) | {"seconds": round(time.time() - started)}
+    print(
+        f"machine: {info['device']}, {info['threads']} threads, bf16 product {info['gflops'].get('bfloat16', 0):,.0f} "
+        f"GFLOP/s, fp32 {info['gflops'].get('float32', 0):,.0f}, memory {info['memory_gb_s']:.1f} GB/s, "
+        + ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
+        + f", {info['date']}, {info['seconds']} s in all"
+    )
+    print(json.dumps({"machine": info} | results))
+
+
+def machine_info(device: str, limits: dict) -> dict:
+    """What was measured on: device, threads, date, speed, and the versions of what took part."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     for name in ("transformers", "xllamacpp", "tokenizers", "tiktoken"):
         try:
@@ -467,41 +509,33 @@ def report(s, device, only, vs, folder, temporary, weights, started):
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
-    info = dict(
+    return dict(
         device=torch.cuda.get_device_name() if device != "cpu" else cpu,
         threads=torch.get_num_threads(),
         date=time.strftime("%Y-%m-%d"),
-        gflops={k: round(v, 1) for k, v in limits.items() if k != "memory"},
+        gflops={key: round(value, 1) for key, value in limits.items() if key != "memory"},
         memory_gb_s=round(limits.get("memory", 0), 1),
         versions=versions,
-        seconds=round(time.time() - started),
     )
-    print(
-        f"machine: {info['device']}, {info['threads']} threads, bf16 product {info['gflops'].get('bfloat16', 0):,.0f} "
-        f"GFLOP/s, fp32 {info['gflops'].get('float32', 0):,.0f}, memory {info['memory_gb_s']:.1f} GB/s, "
-        + ", ".join(f"{k} {v}" for k, v in versions.items() if v)
-        + f", {info['date']}, {info['seconds']} s in all"
-    )
-    print(json.dumps({"machine": info} | results))
 
 
 def print_card(work: str, r: dict):
-    names = [n for n in r if n in ("ours", "ours_eager", "ours_plain", "hf", "llamacpp", "tokenizers")]
-    rows = []
-    for name in names:
+    """The figures of summary() for people."""
+    print(work)
+    for name in (n for n in r if n in OURS + PEERS):
         if r[name] is None:
-            rows.append(f"  {name:<11} failed: {r['failed'][name]}")
+            print(f"  {name:<11} failed: {r['failed'][name]}")
             continue
         low, high = r["spread"][name]
-        rows.append(
+        print(
             f"  {name:<11}{r[name]:>10,.1f} {r['unit']:<6} ({low:,.1f} to {high:,.1f})   "
             f"setup {r['setup_s'][name]:.1f} s, peak {r['peak_mb'][name]:,} MB"
         )
     tail = f"  {r['ratio']:.2f} x the best peer" if r["ratio"] else "  no peer"
     if r["limit_fraction"]:
         tail += f"; {r['limit_fraction']:.0%} of the {r['limit']:,.0f} {r['unit']} that the hardware allows"
-    print(f"{work}\n" + "\n".join(rows) + f"\n{tail}\n", flush=True)
+    print(f"{tail}\n", flush=True)
 
 
 if __name__ == "__main__":
-    guard(main, ModelError)
+    guard(main)

@@ -159,22 +159,30 @@ static void attend(const Model *m, const Layer *layer, int head, int position) {
     if (m->cache_kind == BF16) attend_in(BF16, m, layer, head, position);
 }
 
-static void project_head(const Model *m, const Layer *layer, const float *x, int head, int position) {
-    /* heads 0 .. H-1 are queries, then K keys, then K values; keys and values go to the cache */
-    int D = m->D, K = m->K, h = head;
-    if (h < m->H) {
-        multiply(&layer->q_proj, x, m->q, h * D, (h + 1) * D);
-        rotate(m->q + h * D, m->cos, m->sin, D);
-        return;
-    }
-    h -= m->H;
-    int value = h >= K;
-    if (value) h -= K;
-    float y[K * D];
-    multiply(value ? &layer->v_proj : &layer->k_proj, x, y, h * D, (h + 1) * D);
-    if (!value) rotate(y + h * D, m->cos, m->sin, D);
-    long row = ((long)h * m->capacity + position) * D;
-    for (int i = 0; i < D; i++) store(m->cache_kind, value ? layer->values : layer->keys, row + i, y[h * D + i]);
+static void project_query(const Model *m, const Layer *layer, const float *x, int head) {
+    int D = m->D;
+    multiply(&layer->q_proj, x, m->q, head * D, (head + 1) * D);
+    rotate(m->q + head * D, m->cos, m->sin, D);
+}
+
+static void to_cache(const Model *m, void *buffer, int head, int position, const float *y) {
+    long row = ((long)head * m->capacity + position) * m->D;
+    for (int i = 0; i < m->D; i++) store(m->cache_kind, buffer, row + i, y[i]);
+}
+
+static void project_key(const Model *m, const Layer *layer, const float *x, int head, int position) {
+    int D = m->D;
+    float y[m->K * D]; /* multiply() fills the rows of this head */
+    multiply(&layer->k_proj, x, y, head * D, (head + 1) * D);
+    rotate(y + head * D, m->cos, m->sin, D);
+    to_cache(m, layer->keys, head, position, y + head * D);
+}
+
+static void project_value(const Model *m, const Layer *layer, const float *x, int head, int position) {
+    int D = m->D;
+    float y[m->K * D];
+    multiply(&layer->v_proj, x, y, head * D, (head + 1) * D);
+    to_cache(m, layer->values, head, position, y + head * D);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -183,8 +191,10 @@ static void project_head(const Model *m, const Layer *layer, const float *x, int
 #define SHARE(n, i) for (int i = (long)(n) * thread / threads, i##_end = (long)(n) * (thread + 1) / threads; i < i##_end; i++)
 
 void step(const Model *m, int token, int position, float *logits) {
-    int C = m->C, I = m->I;
+    int C = m->C, I = m->I, H = m->H, K = m->K;
     float *x = m->x; /* the residual stream */
+
+    /* the token's row of the embedding */
     for (int i = 0; i < C; i++) {
         const Matrix *e = &m->embed_tokens;
         x[i] = load(e->kind, e->data, (long)token * C + i) * (e->kind == INT8 ? e->scale[token] : 1.0f);
@@ -196,29 +206,50 @@ void step(const Model *m, int token, int position, float *logits) {
         thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
         float normed[C], y[C > I ? C : I]; /* every thread has its own, so that a norm needs no waiting */
-        int c0 = (long)C * thread / threads, c1 = (long)C * (thread + 1) / threads;
+        int c0 = (long)C * thread / threads, c1 = (long)C * (thread + 1) / threads; /* this thread's rows of C, I, V */
         int i0 = (long)I * thread / threads, i1 = (long)I * (thread + 1) / threads;
+        int v0 = (long)m->V * thread / threads, v1 = (long)m->V * (thread + 1) / threads;
+
         for (int l = 0; l < m->L; l++) {
             const Layer *layer = m->layers + l;
+
+            /* the norm before attention */
             rms_norm(x, layer->input_layernorm, m->eps, C, normed);
-            SHARE(m->H + 2 * m->K, head) project_head(m, layer, normed, head, position);
+
+            /* query, key and value of this position, head by head, rotated; key and value go to the cache */
+            SHARE(H + 2 * K, head) {
+                if (head < H) project_query(m, layer, normed, head);
+                else if (head < H + K) project_key(m, layer, normed, head - H, position);
+                else project_value(m, layer, normed, head - H - K, position);
+            }
 #pragma omp barrier
-            SHARE(m->H, head) attend(m, layer, head, position);
+
+            /* attention of each query head over all positions up to this one */
+            SHARE(H, head) attend(m, layer, head, position);
 #pragma omp barrier
+
+            /* the output projection, added to the residual stream */
             multiply(&layer->o_proj, m->attended, y, c0, c1);
             for (int i = c0; i < c1; i++) x[i] += y[i];
 #pragma omp barrier
+
+            /* the norm before the MLP */
             rms_norm(x, layer->post_attention_layernorm, m->eps, C, normed);
+
+            /* SwiGLU: silu(gate) * up, where silu(g) = g / (1 + e^-g) */
             multiply(&layer->gate_proj, normed, m->hidden, i0, i1);
             multiply(&layer->up_proj, normed, y, i0, i1);
             for (int i = i0; i < i1; i++) m->hidden[i] *= y[i] / (1.0f + expf(-m->hidden[i]));
 #pragma omp barrier
+
+            /* the down projection, added to the residual stream */
             multiply(&layer->down_proj, m->hidden, y, c0, c1);
             for (int i = c0; i < c1; i++) x[i] += y[i];
 #pragma omp barrier
         }
+
+        /* the last norm, and the head */
         rms_norm(x, m->norm, m->eps, C, normed);
-        int v0 = (long)m->V * thread / threads, v1 = (long)m->V * (thread + 1) / threads;
         multiply(&m->head, normed, logits, v0, v1);
     }
 }

@@ -5,8 +5,8 @@ decode.c from Python: one token of one text on a CPU, without a call into PyTorc
     logits = Decoder(model)(token_id, cache, position)      # (1, V) fp32, and the cache holds the new position
 
 sample.generate() uses it wherever it can: one row, on a CPU, where there is a C compiler. The weights stay where they
-are, in the model, whether fp32, bf16 or int8; activations are fp32. tests/test_decode.py holds it to the plain forward
-pass of model.py, which everything else uses.
+are, in the model, whether fp32, bf16 or int8; activations are fp32. tests/test_decode.py compares it with the plain
+forward pass of model.py, which everything else uses; so does every process, on the first token of each model.
 """
 
 import ctypes
@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from model import KVCache, ModelError, SmolLM2
+from config import UserError
+from model import KVCache, SmolLM2
 
 SOURCE = Path(__file__).with_name("decode.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -103,62 +104,41 @@ def reason_against(model: SmolLM2) -> str:
     return ""
 
 
-# how far logits may differ on a first token, relative to their standard deviation: model.py rounds activations to bf16
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-proven = weakref.WeakSet()  # the models whose first token has been computed both ways
-
-
 class Decoder:
-    """decoder(token, cache, position) is model(token, cache=cache, start=position), for one row: logits (1, V), fp32.
+    """decoder(token, cache, position) is model(token, cache=cache, start=position) for one row: logits (1, V), fp32.
 
-    The first token of every model is computed by model.py as well. ModelError where the two differ by more than
-    rounding: so whoever changes the architecture in model.py hears of it, and is not answered by the old one.
+    check: compute the first token of each model by model.py as well, and compare (first_token).
     """
 
-    def __init__(self, model: SmolLM2):
-        c, self.model, self.keep = model.config, model, []
+    def __init__(self, model: SmolLM2, check: bool = True):
+        c, self.model, self.check, self.keep = model.config, model, check, []
         self.layers = (Layer * c.num_hidden_layers)()
         for ours, layer in zip(self.layers, model.layers):
             ours.input_layernorm = self.floats(layer.input_layernorm.weight)
             ours.post_attention_layernorm = self.floats(layer.post_attention_layernorm.weight)
-            for part, names in (layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down")):
-                for name in names:
-                    setattr(ours, f"{name}_proj", self.matrix(getattr(part, f"{name}_proj")))
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                setattr(ours, name, self.matrix(getattr(layer.self_attn, name)))
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(ours, name, self.matrix(getattr(layer.mlp, name)))
         C, H, K, D = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         embedding = self.matrix(model.embed_tokens)
         self.c = Model(
             C=C, I=c.intermediate_size, L=c.num_hidden_layers, H=H, K=K, D=D, V=c.vocab_size,
             cache_kind=KINDS[model.dtype], threads=1, eps=c.rms_norm_eps,
             norm=self.floats(model.norm.weight), embed_tokens=embedding, layers=self.layers,
-            head=embedding if c.tie_word_embeddings else self.matrix(model.lm_head),
+            head=embedding if model.lm_head is None else self.matrix(model.lm_head),
             x=self.room(C), q=self.room(H * D), attended=self.room(H * D), hidden=self.room(c.intermediate_size),
         )  # fmt: skip
-        self.cache = None
-        self.alone_took, self.alone_for, self.pause = None, 0, 16  # see step()
+        self.buffers = None  # the cache's first pair, by which a cache that has grown is recognised
+        self.alone_took, self.alone_for, self.pause = None, 0, 16  # see pick_threads()
 
-    def step(self, token: int, position: int, logits):
-        """Threads wait for each other five times a layer. On a machine with other work a wait can last as long as the
-        other program's turn, and one thread alone is many times faster. So the first token is timed on one; where all
-        together then take twice as long, the next 16 are computed alone, then 32, 64, ... until it pays again."""
-        alone = self.alone_took is None or self.alone_for > 0
-        self.c.threads = 1 if alone else torch.get_num_threads()
-        started = time.perf_counter()
-        library().step(ctypes.byref(self.c), token, position, ctypes.c_void_p(logits.data_ptr()))
-        took = time.perf_counter() - started
-        if self.alone_took is None:
-            self.alone_took = took
-        elif self.alone_for:
-            self.alone_for -= 1
-        elif took > 2 * self.alone_took:  # short of that it may have been a hiccup
-            self.alone_for, self.pause = self.pause, min(2 * self.pause, 1024)
-        else:
-            self.pause = 16
-
-    def floats(self, tensor) -> int:  # the address of a fp32 copy, or of the tensor itself where it is fp32
+    def floats(self, tensor) -> int:
+        """The address of the tensor's numbers as fp32: a copy, or the tensor itself where it is fp32."""
         self.keep.append(tensor.detach().float().contiguous())
         return self.keep[-1].data_ptr()
 
     def room(self, n: int) -> int:
+        """The address of n floats to work in."""
         return self.floats(torch.empty(n))
 
     def matrix(self, module) -> Matrix:
@@ -171,27 +151,69 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, token: int, cache: KVCache, position: int):
         cache.reserve(position + 1)
+        self.attach(cache)
+        if self.check and self.model not in checked:
+            return first_token(self, token, cache, position)
+        return self.step(token, position)
+
+    def attach(self, cache: KVCache):
+        """Point each layer at its keys and values, unless they are where they were at the last token."""
         buffers = cache.layers[0][0]
-        if buffers is not self.cache:  # another cache, or this one has grown
-            assert len(buffers) == 1 and buffers.dtype == self.model.dtype, f"{len(buffers)} rows of {buffers.dtype}"
-            self.cache, self.c.capacity = buffers, buffers.size(2)
-            for ours, (keys, values) in zip(self.layers, cache.layers):
-                ours.keys, ours.values = keys.data_ptr(), values.data_ptr()
-        row = position * self.c.D * 4
+        if buffers is self.buffers:
+            return
+        assert len(buffers) == 1 and buffers.dtype == self.model.dtype, f"{len(buffers)} rows of {buffers.dtype}"
+        self.buffers, self.c.capacity = buffers, buffers.size(2)
+        for ours, (keys, values) in zip(self.layers, cache.layers):
+            ours.keys, ours.values = keys.data_ptr(), values.data_ptr()
+
+    def step(self, token: int, position: int):
+        """One call of decode.c: logits (1, V), and the keys and values of this position in the cache."""
+        row = position * self.c.D * 4  # bytes
         self.c.cos, self.c.sin = self.model.rotary.cos.data_ptr() + row, self.model.rotary.sin.data_ptr() + row
         logits = torch.empty(1, self.c.V)
-        prove = self.model not in proven
-        if prove:  # first, so that what it writes into the cache is overwritten and every text is computed alike
-            with torch.autocast("cpu", enabled=False):  # train.py prints samples inside one
-                plain, _ = self.model(torch.tensor([[token]]), cache=cache, start=position)
-        self.step(token, position, logits)
-        if prove:
-            error, spread = float((logits - plain[:, -1]).std()), float(plain.float().std())
-            if not error <= ROUNDING[self.model.dtype] * spread + 1e-6:
-                raise ModelError(
-                    f"decode.c and model.py disagree: their logits differ by {error / spread:.1%} of their spread, "
-                    f"expected below {ROUNDING[self.model.dtype]:.1%}. Was one changed and not the other? Bring "
-                    "decode.c up to date, or go without it: --use_c=False (in Python, generate(..., use_c=False))."
-                )
-            proven.add(self.model)
+        self.c.threads = self.pick_threads()
+        started = time.perf_counter()
+        library().step(ctypes.byref(self.c), token, position, ctypes.c_void_p(logits.data_ptr()))
+        self.learn_from(time.perf_counter() - started)
         return logits
+
+    def pick_threads(self) -> int:
+        """One thread, or all of them. Threads wait for each other five times a layer. On a machine with other work a
+        wait can last as long as the other program's turn, and one thread alone is then many times faster. So the first
+        token is timed on one thread; where all threads together then take twice as long, the next 16 tokens are
+        computed on one, then 32, 64, ... until all threads are faster again."""
+        return 1 if self.alone_took is None or self.alone_for > 0 else torch.get_num_threads()
+
+    def learn_from(self, took: float):  # seconds that the last token took, on the threads that pick_threads chose
+        if self.alone_took is None:
+            self.alone_took = took
+        elif self.alone_for:
+            self.alone_for -= 1
+        elif took > 2 * self.alone_took:  # less than that may have been a hiccup
+            self.alone_for, self.pause = self.pause, min(2 * self.pause, 1024)
+        else:
+            self.pause = 16
+
+
+# how far the logits of a first token may differ, relative to their standard deviation: model.py rounds activations to
+# the dtype of the weights, decode.c keeps them in fp32
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+checked = weakref.WeakSet()  # models whose first token has been compared
+
+
+def first_token(decoder: Decoder, token: int, cache: KVCache, position: int):
+    """The logits of decode.c, compared with those of model.py. UserError where they differ by more than rounding: so
+    whoever changes the architecture in model.py is told, and does not get tokens of the old one."""
+    model = decoder.model
+    with torch.autocast("cpu", enabled=False):  # train.py prints samples inside one
+        plain, _ = model(torch.tensor([[token]]), cache=cache, start=position)
+    logits = decoder.step(token, position)  # second, so that the cache holds decode.c's keys and values from here on
+    error, spread = float((logits - plain[:, -1]).std()), float(plain.float().std())
+    if not error <= ROUNDING[model.dtype] * spread + 1e-6:
+        raise UserError(
+            f"decode.c and model.py disagree: their logits differ by {error / spread:.1%} of their spread, expected "
+            f"below {ROUNDING[model.dtype]:.1%}. Was one changed and not the other? Bring decode.c up to date, or go "
+            "without it: --use_c=False (in Python, generate(..., use_c=False))."
+        )
+    checked.add(model)
+    return logits

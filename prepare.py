@@ -21,20 +21,18 @@ import json
 import sys
 import urllib.request
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-from filelock import FileLock, Timeout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from config import UserError, guard, override
-from model import ModelError, atomic, read_json
+from files import atomic, exclusive, file_sha256, read_json
 
 
 @dataclass
@@ -48,14 +46,15 @@ class Settings:
 
 DATA = Path("data")
 PIECE = 1 << 20  # characters per piece: large enough for speed, small enough that many fit in memory
-TOKENIZER_BYTES = 256 << 20  # a tokenizer learns nothing more from a larger sample, but takes the memory
+TOKENIZER_BYTES = 256 << 20  # a larger sample makes no better tokenizer, but training on it takes the memory
+MAX_VOCAB_SIZE = 65536  # what uint16 can number
 END = "<|endoftext|>"
 SPECIAL = [END, "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
-PLAY = Path(__file__).parent / "data" / "shakespeare" / "play.txt"
+PLAY = Path(__file__).parent / "data" / "shakespeare" / "play.txt"  # used where there is no network
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,9 +67,10 @@ def find_input(s: Settings) -> list[Path]:
         path = Path(s.input)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        elif path.is_file():  # before the glob: a name may have brackets in it
+            files = [path]
         else:
-            files = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(s.input, recursive=True))
-            files = [p for p in files if p.is_file()]
+            files = sorted(p for p in map(Path, glob.glob(s.input, recursive=True)) if p.is_file())
         if not files:
             raise UserError(f"--input={s.input}: no such file, folder with files, or glob that matches one.")
         return files
@@ -83,26 +83,24 @@ def find_input(s: Settings) -> list[Path]:
 
 
 def shakespeare() -> Path:
-    """data/shakespeare/input.txt, downloaded if it is not there; without a network, the play that is part of this
-    repository, said aloud."""
+    """data/shakespeare/input.txt, downloaded if it is not there. Without a network it prints a warning and returns the
+    play that is part of this repository. UserError if the download is not Tiny Shakespeare."""
     path = DATA / "shakespeare" / "input.txt"
     if path.is_file():
         return path
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=5) as response:
-            bar = tqdm(total=SHAKESPEARE_BYTES, unit="B", unit_scale=True, desc="Tiny Shakespeare", disable=None)
-            blocks = []
-            while block := response.read(1 << 16):
-                blocks.append(block)
-                bar.update(len(block))
-            bar.close()
+            with tqdm(total=SHAKESPEARE_BYTES, unit="B", unit_scale=True, desc="Tiny Shakespeare", disable=None) as bar:
+                text = b""
+                while block := response.read(1 << 16):
+                    text += block
+                    bar.update(len(block))
     except OSError as error:  # no network, no such host, a time-out, a refusal: URLError is one
         print(
             f"!! OFFLINE: Tiny Shakespeare could not be downloaded ({error}). Using {PLAY.name} instead, an original "
             f"play a tenth its size that comes with this project. For the real one, put it at {path}."
         )
         return PLAY
-    text = b"".join(blocks)
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
         raise UserError(
             f"{SHAKESPEARE_URL} gave {len(text):,} bytes that are not Tiny Shakespeare (wrong sha256); a proxy's page, "
@@ -114,57 +112,54 @@ def shakespeare() -> Path:
     return path
 
 
-@dataclass
-class Source:
-    """What one pass over the input finds out: enough to split it without holding it."""
-
-    files: list[Path]
-    documents: int = 0
-    characters: int = 0
-    bytes: int = 0
-    sha256: object = field(default_factory=hashlib.sha256)
-
-
-def read_pieces(files: list[Path], source: Source | None = None) -> Iterator[tuple[str, bool]]:
-    """(piece, ends its document) for all the text. Pieces are cut where every tokenizer of the byte-level family cuts:
-    between a character that is no white space and a space or line break. So encoding piece by piece gives the ids of
-    encoding the whole. `source`, if given, is filled in on the way. UserError names what cannot be read."""
+def read_pieces(files: list[Path], sha256=None) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it ends its document) for all the text. UserError names what cannot be read.
+    `sha256`, if given, is updated with the files' bytes."""
     for file in files:
-        if file.suffix == ".jsonl":
-            for number, line in enumerate(read_lines(file, source), 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise UserError(f'{file}, line {number}: expected a JSON object with a "text" field of text.')
-                if text:
-                    yield text, True
+        read = read_jsonl if file.suffix == ".jsonl" else read_document
+        yield from read(file, sha256)
+
+
+def read_jsonl(file: Path, sha256) -> Iterator[tuple[str, bool]]:
+    """Each line's text as one piece; blank lines and empty texts are skipped."""
+    for number, line in enumerate(read_lines(file, sha256), 1):
+        if not line.strip():
             continue
-        rest = ""
-        for text in read_text(file, source):
-            rest += text
-            cut = last_cut(rest) if len(rest) >= PIECE else 0
-            if cut:
-                yield rest[:cut], False
-                rest = rest[cut:]
-        if rest:
-            yield rest, True
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f'{file}, line {number}: expected a JSON object with a "text" field of text.')
+        if text:
+            yield text, True
 
 
-def read_text(file: Path, source: Source | None = None) -> Iterator[str]:
-    """The decoded text of a file, block by block; line ends stay as they are. UserError gives the bad byte's place."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a byte order mark is not text
+def read_document(file: Path, sha256) -> Iterator[tuple[str, bool]]:
+    """A text file in pieces of about PIECE characters. They are cut where every tokenizer of the byte-level family
+    cuts, so encoding piece by piece gives the same ids as encoding the whole."""
+    rest = ""
+    for text in read_text(file, sha256):
+        rest += text
+        cut = last_cut(rest) if len(rest) >= PIECE else 0
+        if cut:
+            yield rest[:cut], False
+            rest = rest[cut:]
+    if rest:
+        yield rest, True
+
+
+def read_text(file: Path, sha256) -> Iterator[str]:
+    """The decoded text of a file, block by block, line ends unchanged. UserError gives the position of a bad byte."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte order mark
     position = 0
     try:
         with open(file, "rb") as f:
             while True:
                 block = f.read(PIECE)
-                if source is not None:
-                    source.sha256.update(block)
-                held = len(decoder.getstate()[0])
+                if sha256 is not None:
+                    sha256.update(block)
+                held = len(decoder.getstate()[0])  # bytes of a character that the last block cut in two
                 try:
                     text = decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
@@ -182,9 +177,9 @@ def read_text(file: Path, source: Source | None = None) -> Iterator[str]:
         raise UserError(f"{file}: {error.strerror}.") from None
 
 
-def read_lines(file: Path, source: Source | None = None) -> Iterator[str]:
+def read_lines(file: Path, sha256) -> Iterator[str]:
     rest = ""
-    for text in read_text(file, source):
+    for text in read_text(file, sha256):
         *lines, rest = (rest + text).split("\n")
         yield from lines
     yield rest
@@ -198,12 +193,24 @@ def last_cut(text: str) -> int:
     return 0
 
 
+@dataclass
+class Source:
+    """What scan() counts: enough to split the input without holding it in memory."""
+
+    files: list[Path]
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0  # of text: without byte order marks and without the JSON around it
+    sha256: str = ""  # of all the files' bytes
+
+
 def scan(files: list[Path]) -> Source:
-    """One pass over the input: is it all readable, how much is it? UserError if there is nothing in it."""
+    """Read all the input once and count it. UserError if some of it cannot be read, or there is no text in it."""
     source = Source(files)
+    sha256 = hashlib.sha256()
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        for text, ends in read_pieces(files, source):
+        for text, ends in read_pieces(files, sha256):
             size = len(text.encode())
             source.bytes += size
             source.characters += len(text)
@@ -211,56 +218,66 @@ def scan(files: list[Path]) -> Source:
             bar.update(size)
     if source.documents == 0:
         raise UserError(f"{', '.join(map(str, files[:3]))}: no text in it. An empty file cannot be trained on.")
+    source.sha256 = sha256.hexdigest()
     return source
 
 
-def split(source: Source, val_fraction: float) -> Iterator[tuple[str, str, bool]]:
-    """("train" or "val", piece, ends its document). One document is split at its last tenth of characters, as nanoGPT
-    does; of several, those that begin in the last tenth are validation, and at least the last one is."""
+def split(source: Source, val_fraction: float) -> Iterator[tuple[str, bool, str]]:
+    """("train" or "val", whether the piece ends its document, the piece). The last val_fraction becomes validation: of
+    a single document its last characters, as in nanoGPT; of several, those that begin in that part, and at least the
+    last one."""
     train_characters = int(source.characters * (1 - val_fraction))
-    seen, document, part = 0, 0, "train"
+    seen, documents, part = 0, 0, "train"
     for text, ends in read_pieces(source.files):
         if source.documents == 1:
             cut = max(0, train_characters - seen)
             if text[:cut]:
-                yield "train", text[:cut], ends and cut >= len(text)
+                yield "train", ends and cut >= len(text), text[:cut]
             if text[cut:]:
-                yield "val", text[cut:], ends
+                yield "val", ends, text[cut:]
         else:
-            yield part, text, ends
+            yield part, ends, text
         seen += len(text)
-        document += ends
-        if ends and document > 0 and (seen >= train_characters or document == source.documents - 1):
+        documents += ends
+        if ends and (seen >= train_characters or documents == source.documents - 1):
             part = "val"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the tokenizer
+# the tokenizer, and text to ids
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with SmolLM2's pieces: digits one by one, then GPT-2's split into words, all 256 bytes in the
-    alphabet so that no text is ever lost. llama.cpp knows this pre-tokenizer as "smollm". May end up smaller than asked
-    where the text has no more pairs to merge."""
+    """A byte-level BPE that cuts text as SmolLM2's does: digits one by one, then GPT-2's split into words. All 256
+    bytes are in the alphabet, so every text can be encoded. llama.cpp knows this pre-tokenizer as "smollm". The
+    vocabulary is smaller than asked where the text has no more pairs to merge."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
+def trained_tokenizer(source: Source, vocab_size: int, val_fraction: float) -> tuple[Tokenizer, str, bytes]:
+    """A tokenizer trained on the training part; returns the same three things as find_tokenizer()."""
+    print(f"training a tokenizer of {vocab_size:,} tokens on the training part ...")
+    tokenizer = train_bpe(tokenizer_sample(source, val_fraction), vocab_size)
+    size = tokenizer.get_vocab_size()
+    if size < vocab_size:
+        print(f"the text has pairs for {size:,} tokens only; that is the vocabulary now")
+    return tokenizer, END, tokenizer.to_str(pretty=True).encode()
+
+
 def tokenizer_sample(source: Source, val_fraction: float) -> Iterator[str]:
     """The training text, or pieces spread evenly over it where it is larger than TOKENIZER_BYTES."""
     keep, credit = min(1.0, TOKENIZER_BYTES / source.bytes), 0.0
-    for part, text, _ in split(source, val_fraction):
+    for part, _, text in split(source, val_fraction):
         credit += keep
         if part == "train" and credit >= 1.0:
             credit -= 1.0
@@ -268,8 +285,8 @@ def tokenizer_sample(source: Source, val_fraction: float) -> Iterator[str]:
 
 
 def find_tokenizer(name: str) -> tuple[Tokenizer, str, bytes]:
-    """An existing tokenizer, the text of the token that ends a document, and the file as it is. UserError if it cannot
-    be had."""
+    """An existing tokenizer, the text of the token that ends a document, and the bytes of its file. UserError if there
+    is none of that name, it has no such token, or it has more tokens than uint16 can number."""
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -288,7 +305,7 @@ def find_tokenizer(name: str) -> tuple[Tokenizer, str, bytes]:
             ) from None
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:
+    except Exception as error:  # the library raises plain Exception
         raise UserError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
     end = END
     if tokenizer.token_to_id(END) is None:
@@ -297,22 +314,16 @@ def find_tokenizer(name: str) -> tuple[Tokenizer, str, bytes]:
         end = end.get("content") if isinstance(end, dict) else end
         if end is None or tokenizer.token_to_id(end) is None:
             raise UserError(f"{file} has no {END} and no eos_token: nothing to put between documents.")
+    size = tokenizer.get_vocab_size()
+    if size > MAX_VOCAB_SIZE:
+        raise UserError(f"--tokenizer={name} has {size:,} tokens; a uint16 token file holds {MAX_VOCAB_SIZE:,}.")
     return tokenizer, end, file.read_bytes()
 
 
-def tokenizer_config(eos_token: str, context: int) -> dict:
-    """tokenizer_config.json as transformers 5 and 4.57 both read it; any other tokenizer_class breaks one of them."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eos_token,
-        "eos_token": eos_token,
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-    }
+Encoder = Callable[[str], np.ndarray]  # text -> its ids, uint32; text that spells a special token stays text
 
-
-# GPT-2's pattern, and the same with digits one by one and white space before a digit kept whole: what Digits followed
-# by ByteLevel cuts. tests/test_prepare.py holds both against the tokenizers library.
+# GPT-2's pattern, and the pattern that cuts as Digits followed by ByteLevel does: digits one by one, and white space
+# before a digit kept whole. tests/test_prepare.py compares both with the tokenizers library.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"""
 DIGITS_PATTERN = r"""'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s+"""
 HARD_TEXT = (
@@ -327,24 +338,25 @@ def byte_letters() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def fast_encoder(tokenizer: Tokenizer):
-    """A function text -> ids (uint32 array) through tiktoken, several times as fast as `tokenizers`, or None where this
-    tokenizer is of another kind. Special tokens spelled in the text are text."""
+def fast_encoder(tokenizer: Tokenizer) -> Encoder | None:
+    """The tokenizer through tiktoken, several times as fast as `tokenizers`; None where it is of another kind than
+    GPT-2's byte-level BPE."""
     spec = json.loads(tokenizer.to_str())
-    pre = spec["pre_tokenizer"] or {}
-    steps = [step["type"] for step in pre.get("pretokenizers", [pre])] if pre else []
+    pre = spec["pre_tokenizer"]
+    steps = () if pre is None else tuple(step["type"] for step in pre.get("pretokenizers", [pre]))
     patterns = {("Digits", "ByteLevel"): DIGITS_PATTERN, ("ByteLevel",): GPT2_PATTERN}
-    if spec["model"]["type"] != "BPE" or spec["normalizer"] or tuple(steps) not in patterns:
+    if spec["model"]["type"] != "BPE" or spec["normalizer"] or steps not in patterns:
         return None
     letters = byte_letters()
     special = {token["content"] for token in spec["added_tokens"]}
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
     ranks = {bytes(letters[c] for c in token): i for token, i in vocab.items()}
     size = max(ranks.values()) + 1
-    # SmolLM2's vocabulary lacks 21 bytes; `tokenizers` drops them, tiktoken cannot: number them past the end and drop
+    # SmolLM2's vocabulary lacks 21 bytes. `tokenizers` drops them from the text; tiktoken needs an id for every byte,
+    # so they are numbered past the end, and those ids are dropped.
     for b in range(256):
         ranks.setdefault(bytes([b]), size + b)
-    encoding = tiktoken.Encoding("own", pat_str=patterns[tuple(steps)], mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("own", pat_str=patterns[steps], mergeable_ranks=ranks, special_tokens={})
 
     def encode(text: str) -> np.ndarray:
         ids = encoding.encode_to_numpy(text, disallowed_special=())
@@ -353,9 +365,9 @@ def fast_encoder(tokenizer: Tokenizer):
     return encode
 
 
-def make_encoder(tokenizer: Tokenizer, sample: str):
-    """The fast encoder if it gives the very ids of `tokenizers` on hard strings and on a sample of this text, else
-    `tokenizers` itself, said aloud."""
+def make_encoder(tokenizer: Tokenizer, sample: str) -> Encoder:
+    """The fast encoder if it gives the same ids as `tokenizers` on hard strings and on a sample of this text; otherwise
+    `tokenizers` itself, with a message."""
     tokenizer.encode_special_tokens = True
 
     def plain(text):
@@ -371,7 +383,7 @@ def make_encoder(tokenizer: Tokenizer, sample: str):
     return fast
 
 
-def encode_all(encode, pieces: Iterable, threads: int = 4) -> Iterator[tuple]:
+def encode_all(encode: Encoder, pieces: Iterable[tuple], threads: int = 4) -> Iterator[tuple]:
     """(*tags, text) in, (*tags, text, ids) out, in order, encoded on a few threads with a bounded number in flight."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
@@ -385,105 +397,85 @@ def encode_all(encode, pieces: Iterable, threads: int = 4) -> Iterator[tuple]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the job
+# the data folder
 
 
-def prepare(s: Settings) -> dict:
-    """Make data/DATASET from the settings and return its meta. What was there stays until all of the new is written."""
+def check_settings(s: Settings):
+    """UserError where a setting is out of its range."""
     if not 0 < s.val_fraction < 1:
         raise UserError(f"--val_fraction={s.val_fraction}: expected a fraction between 0 and 1 such as 0.1.")
-    if s.tokenizer == "bpe" and not 256 + len(SPECIAL) <= s.vocab_size <= 65536:
+    smallest = 256 + len(SPECIAL)
+    if s.tokenizer == "bpe" and not smallest <= s.vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(
-            f"--vocab_size={s.vocab_size}: expected {256 + len(SPECIAL)} (the bytes and the special tokens) to 65536 "
+            f"--vocab_size={s.vocab_size}: expected {smallest} (the bytes and the special tokens) to {MAX_VOCAB_SIZE} "
             "(what a uint16 token file holds)."
         )
     if Path(s.dataset).name != s.dataset or s.dataset in ("", ".", ".."):
         raise UserError(f"--dataset={s.dataset}: expected a plain name; the result goes to data/NAME/.")
+
+
+def prepare(s: Settings) -> dict:
+    """Make data/DATASET from the settings; returns what its meta.json holds. An earlier data set of that name stays
+    until all of the new one is written. UserError says what cannot be prepared."""
+    check_settings(s)
     files = find_input(s)
-    folder = DATA / s.dataset
     source = scan(files)
+    folder = DATA / s.dataset
     with exclusive(folder, "being prepared"):
         if s.tokenizer == "bpe":
-            print(f"training a tokenizer of {s.vocab_size:,} tokens on the training part ...")
-            tokenizer, end = train_bpe(tokenizer_sample(source, s.val_fraction), s.vocab_size), END
-            tokenizer_json = tokenizer.to_str(pretty=True).encode()
-            if tokenizer.get_vocab_size() < s.vocab_size:
-                print(f"the text has pairs for {tokenizer.get_vocab_size():,} tokens only; that is the vocabulary now")
+            tokenizer, end, tokenizer_json = trained_tokenizer(source, s.vocab_size, s.val_fraction)
         else:
             tokenizer, end, tokenizer_json = find_tokenizer(s.tokenizer)
-        vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id(end)
-        if vocab_size > 65536:
-            raise UserError(f"--tokenizer={s.tokenizer} has {vocab_size:,} tokens; a uint16 token file holds 65,536.")
-        encode = make_encoder(tokenizer, next(text for text, _ in read_pieces(files)))
-        tokens, sizes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-        with (  # left in reverse order: meta.json comes last and vouches for the others
+        with (  # left in reverse order: meta.json, which describes the others, gets its name last
             atomic(folder / "meta.json") as meta_file,
             atomic(folder / "tokenizer.json") as tokenizer_file,
             atomic(folder / "val.bin") as val_file,
             atomic(folder / "train.bin") as train_file,
         ):
-            with open(train_file, "wb") as train, open(val_file, "wb") as val:
-                bar = tqdm(total=source.bytes, unit="B", unit_scale=True, desc="encoding", disable=None)
-                pieces = ((part, ends, text) for part, text, ends in split(source, s.val_fraction))
-                for part, ends, text, ids in encode_all(encode, pieces):
-                    ids = np.append(ids, eos) if ends else ids
-                    assert ids.size == 0 or ids.max() < vocab_size, (
-                        f"token id {ids.max()} in a vocabulary of {vocab_size}"
-                    )
-                    (train if part == "train" else val).write(ids.astype("<u2").tobytes())
-                    size = len(text.encode())
-                    tokens[part] += len(ids)
-                    sizes[part] += size
-                    bar.update(size)
-                bar.close()
-            if min(tokens.values()) < 2:
-                raise UserError(f"{files[0]}: too short to split into training and validation text.")
+            counts = write_bins(s, source, tokenizer, end, train_file, val_file)
             tokenizer_file.write_bytes(tokenizer_json)
             meta = dict(
-                vocab_size=vocab_size,
-                eos_token_id=eos,
-                eos_token=end,
-                tokenizer=s.tokenizer,
-                vocab_size_asked=s.vocab_size,
+                vocab_size=tokenizer.get_vocab_size(), eos_token_id=tokenizer.token_to_id(end), eos_token=end,
+                tokenizer=s.tokenizer, vocab_size_asked=s.vocab_size,
                 tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
-                train_tokens=tokens["train"],
-                val_tokens=tokens["val"],
-                train_bytes=sizes["train"],
-                val_bytes=sizes["val"],
-                documents=source.documents,
-                source=s.input if len(files) > 1 else files[0].name,
-                source_bytes=sum(file.stat().st_size for file in files),
-                source_sha256=source.sha256.hexdigest(),
-            )
+                **counts, documents=source.documents, source=s.input if len(files) > 1 else files[0].name,
+                source_bytes=sum(file.stat().st_size for file in files), source_sha256=source.sha256,
+            )  # fmt: skip
             meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            (folder / "meta.json").unlink(missing_ok=True)  # from here to the last rename the folder counts as empty
-    total = sum(tokens.values())
+            (folder / "meta.json").unlink(missing_ok=True)  # until the last rename the folder counts as unprepared
+    train_tokens, val_tokens = meta["train_tokens"], meta["val_tokens"]
+    documents = "1 document" if source.documents == 1 else f"{source.documents:,} documents"
     print(
-        f"data/{s.dataset}: {meta['source']}, {source.documents:,} document{'s' * (source.documents > 1)}, "
-        f"{source.bytes:,} bytes\n  train {tokens['train']:,} tokens, val {tokens['val']:,} tokens, vocabulary "
-        f"{vocab_size:,}, {source.bytes / total:.2f} bytes per token"
+        f"data/{s.dataset}: {meta['source']}, {documents}, {source.bytes:,} bytes\n"
+        f"  train {train_tokens:,} tokens, val {val_tokens:,} tokens, vocabulary {meta['vocab_size']:,}, "
+        f"{source.bytes / (train_tokens + val_tokens):.2f} bytes per token"
     )
     return meta
 
 
-@contextmanager
-def exclusive(folder: Path, doing: str):
-    """Only one process at a time in `folder`, which is made if need be; the operating system lets go of the lock when a
-    process dies, however it dies. UserError while another holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder} is {doing} by another process right now. Wait for it, or stop it.") from None
-    try:
-        yield
-    finally:
-        lock.release()
+def write_bins(s: Settings, source: Source, tokenizer: Tokenizer, end: str, train_file: Path, val_file: Path) -> dict:
+    """Encode all the text into the two token files; returns the tokens and the bytes of text of each, as meta.json
+    names them. UserError if the text is too short to split."""
+    vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id(end)
+    encode = make_encoder(tokenizer, next(text for text, _ in read_pieces(source.files)))
+    counts = dict(train_tokens=0, val_tokens=0, train_bytes=0, val_bytes=0)
+    bar = tqdm(total=source.bytes, unit="B", unit_scale=True, desc="encoding", disable=None)
+    with open(train_file, "wb") as train, open(val_file, "wb") as val, bar:
+        for part, ends, text, ids in encode_all(encode, split(source, s.val_fraction)):
+            ids = np.append(ids, eos) if ends else ids
+            assert ids.size == 0 or ids.max() < vocab_size, f"token id {ids.max()} in a vocabulary of {vocab_size}"
+            (train if part == "train" else val).write(ids.astype("<u2").tobytes())
+            size = len(text.encode())
+            counts[f"{part}_tokens"] += len(ids)
+            counts[f"{part}_bytes"] += size
+            bar.update(size)
+    if min(counts["train_tokens"], counts["val_tokens"]) < 2:
+        raise UserError(f"{source.files[0]}: too short to split into training and validation text.")
+    return counts
 
 
 def read_meta(dataset: str) -> dict:
-    """meta.json of data/DATASET. UserError if the files beside it are not the ones it speaks of."""
+    """meta.json of data/DATASET. UserError if the files beside it are not the ones that it describes."""
     folder = DATA / dataset
     again = f"Make it again with: python prepare.py --dataset={dataset}"
     meta = read_json(folder / "meta.json")
@@ -493,7 +485,7 @@ def read_meta(dataset: str) -> dict:
         if size != 2 * meta[f"{part}_tokens"]:
             raise UserError(f"{file} has {size:,} bytes, meta.json says {2 * meta[f'{part}_tokens']:,}. {again}")
     tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
+    if not tokenizer.is_file() or file_sha256(tokenizer) != meta["tokenizer_sha256"]:
         raise UserError(f"{tokenizer} is not the one that the .bin files were made with. {again}")
     return meta
 
@@ -504,4 +496,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main, ModelError, OSError)
+    guard(main, OSError)

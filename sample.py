@@ -1,5 +1,5 @@
 """
-Text from a model: load a model directory, generate tokens, print them as they come.
+Text from a model: from logits to the next token, generate(), and the command that prints text as it comes.
 
     python sample.py                                                    # the newest run under out/
     python sample.py --model=out/smol_shakespeare --prompt="ROMEO:" --num_samples=3 --temperature=0.7 --top_k=50
@@ -9,10 +9,9 @@ Text from a model: load a model directory, generate tokens, print them as they c
     model, tokenizer = load("out/smol_shakespeare")
     for ids in generate(model, tokenizer.encode("ROMEO:").ids, max_new_tokens=100): ...     # (B,) ids a step
 
-load() is the only way a script gets a model, generate() the only sampler; app.py, bench.py and the tests share both.
+generate() is the only sampler: app.py, bench.py, train.py and the tests share it.
 """
 
-import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -20,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from checkpoint import find, load, metadata, newest_run
 from config import UserError, guard, override
 from decode import Decoder, reason_against
-from model import KVCache, ModelError, SmolLM2, keep_freed_memory
+from device import compile_for_generation, keep_freed_memory, pick_device, pick_dtype
+from model import KVCache
 
 
 @dataclass
@@ -43,124 +43,9 @@ class Settings:
     seed: int = 1337  # sample i uses seed + i, so one sample can be had again alone
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: str = "auto"  # float32 or bfloat16; auto is what the file holds
-    use_c: bool = True  # on a CPU, decode.c computes the tokens after the prompt; False: model.py does, at a quarter
+    use_c: bool = True  # on a CPU, decode.c computes the tokens after the prompt; False: model.py, four times slower
+    compile: bool = False  # on a GPU: half a minute of torch.compile first, then faster tokens
     quantize: str = ""  # int8: weights of one byte each, half the memory traffic of bfloat16
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# loading
-
-
-def load(
-    path, device="cpu", dtype: torch.dtype | None = None, quantize: str = "", copy: bool = True
-) -> tuple[SmolLM2, Tokenizer]:
-    """Model and tokenizer from a model directory or a hub id such as "HuggingFaceTB/SmolLM2-135M".
-
-    dtype None keeps the file's; quantize "int8" makes the weights int8 as they are loaded; copy False leaves them in
-    the mapped file. Only a hub id that is not in the local cache touches the network. ModelError where anything is
-    missing, damaged or does not belong together: no other weights and no other tokenizer are put in their place.
-    """
-    path = find(path)
-    tokenizer = read_tokenizer(path)
-    model = SmolLM2.from_pretrained(path, device, dtype, copy)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise ModelError(
-            f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
-            "they are from different runs. Copy the tokenizer.json that the model was trained with."
-        )
-    trained_with = metadata(path).get("tokenizer_sha256")
-    if trained_with and trained_with != file_sha256(path / "tokenizer.json"):
-        raise ModelError(
-            f"{path}: tokenizer.json is not the one this model was trained with (its sha256 should begin "
-            f"{trained_with[:12]}). Copy it again from the data folder of that run."
-        )
-    if quantize:
-        model.quantize(quantize)
-    return model, tokenizer
-
-
-def find(path) -> Path:
-    """A local directory as it is; a hub id becomes its folder in the Hugging Face cache, downloaded if need be."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    parts = str(path).split("/")
-    if len(parts) != 2 or not all(parts) or str(path)[0] in "./~" or Path(parts[0]).is_dir():
-        raise ModelError(f"{path}: no such directory. Train a model with: python train.py config/tiny_shakespeare.py")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except RepositoryNotFoundError:
-        raise ModelError(f"{path}: no such directory here and no such model on huggingface.co.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{path}: not a directory here, not in the Hugging Face cache, and huggingface.co cannot be reached "
-            f"({type(error).__name__}). Once online: hf download {path}"
-        ) from None
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """tokenizer.json through the `tokenizers` library. Text that spells a special token stays text: only a program
-    (a chat template, prepare.py between documents) may put the token itself."""
-    file = Path(path) / "tokenizer.json"
-    if not file.is_file():
-        raise ModelError(f"{file} not found: a model needs its own tokenizer. Copy it from where the model came.")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{file} is damaged ({error}). Copy it again from where it came.") from None
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def metadata(path: Path) -> dict[str, str]:
-    """What train.py left in the header of model.safetensors: step, val_loss, val_bpb, tokenizer_sha256; `untrained`
-    until the first evaluation of a run from scratch. Empty for a model that others saved."""
-    file = Path(path) / "model.safetensors"
-    if not file.is_file():  # sharded, so not one of ours
-        return {}
-    try:
-        with safe_open(file, framework="pt") as f:
-            return f.metadata() or {}
-    except SafetensorError as error:
-        raise ModelError(f"{file} is damaged ({error}). Copy it again, or train again.") from None
-
-
-def file_sha256(path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def newest_run(root="out") -> Path:
-    """The run under out/ whose weights were written last."""
-    runs = sorted(Path(root).glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
-    if not runs:
-        raise UserError(f"no trained model under {root}/. Make one with: python train.py config/tiny_shakespeare.py")
-    return runs[-1].parent
-
-
-def pick_device(device: str) -> str:
-    """'auto' is the first of cuda, mps, cpu that is there; anything else is checked and taken."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device={device} cannot be used here ({reason}). Without the flag the best is taken."
-        ) from None
-    return device
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    """'auto' is None, the file's own; otherwise the dtype of that name."""
-    names = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in names:
-        raise UserError(f"--dtype={name}: expected one of {', '.join(names)}.")
-    return names[name]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,8 +95,8 @@ def next_token(
         logits = keep_top_p(logits, top_p)
     if min_p is not None:
         logits = keep_min_p(logits, min_p)
-    # One random number per row, and the token whose stretch of the cumulative probabilities it falls on; one of
-    # probability 0 has no stretch. (torch.multinomial draws a number for every token: a millisecond for 49,152.)
+    # Draw one random number per row and take the token in whose stretch of the cumulative probabilities it falls; a
+    # token of probability 0 has no stretch. (torch.multinomial draws one for every token: a millisecond at 49,152.)
     wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
     up_to = logits.to(wide).softmax(-1).cumsum(-1)
     draw = torch.rand(len(logits), 1, dtype=wide, device=logits.device, generator=generator)
@@ -268,6 +153,7 @@ def generate(
     Past the context: when all max_position_embeddings positions are taken, the newer half of them is kept and read
     again from position 0, and generation goes on. A prompt longer than the context is cut at its beginning likewise.
     """
+    # check what was asked
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens)
     context = model.config.max_position_embeddings
     ids = torch.as_tensor(prompt_ids, dtype=torch.int64, device=model.device)
@@ -276,6 +162,8 @@ def generate(
         raise UserError("an empty prompt: the model needs at least one token to go on from.")
     if int(ids.max()) >= model.config.vocab_size or int(ids.min()) < 0:
         raise UserError(f"prompt ids must be 0 .. {model.config.vocab_size - 1}: was it encoded by another tokenizer?")
+
+    # what this request owns: a random generator, the ids that end a row, a cache
     stop = torch.tensor(sorted(model.config.eos_ids if stop_ids is None else stop_ids), device=ids.device)
     generator = torch.Generator(device=ids.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -286,8 +174,12 @@ def generate(
     window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
     cache = KVCache(model.config, len(ids), model.device, model.dtype)
     decoder = Decoder(model) if use_c and len(ids) == 1 and not reason_against(model) else None
+
+    # read the prompt, all of it at once
     logits = prefill(model, window, cache)
+
     for n in range(max_new_tokens):
+        # choose the next token of each row
         with torch.inference_mode():
             new = next_token(logits, ids, **filters, generator=generator)
             if n > 0:
@@ -296,6 +188,8 @@ def generate(
         yield (new, logits) if with_logits else new
         if n == max_new_tokens - 1 or bool(ended.all()):
             return
+
+        # compute the logits that follow it, from what is cached; a full window starts again with its newer half
         ids = torch.cat((ids, new[:, None]), dim=1)
         if window.size(1) == context:
             window = torch.cat((window[:, -(context // 2) :], new[:, None]), dim=1)[:, -context:]
@@ -328,43 +222,56 @@ def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     check_sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.max_new_tokens)
     keep_freed_memory()
-    prompt = s.prompt
-    if prompt.startswith("FILE:"):
-        try:
-            prompt = Path(prompt[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt={s.prompt}: {error}") from None
+    prompt = read_prompt(s.prompt)
+
+    # the model, and a line about it on stderr: the text alone goes to stdout
     path = s.model or newest_run()
     device = pick_device(s.device)
+    if s.compile and device == "cpu" and s.use_c:
+        raise UserError("--compile=true is for a GPU: on a CPU decode.c computes the tokens. Leave it out.")
     model, tokenizer = load(path, device, pick_dtype(s.dtype), s.quantize)
+    if s.compile:
+        compile_for_generation(model)
     facts = [f"{model.num_parameters()['total']:,} parameters", device, s.quantize or str(model.dtype)[6:]]
     facts += [f"{k} {v}" for k, v in metadata(find(path)).items() if k in ("step", "val_bpb")]
     if "untrained" in metadata(find(path)):
         facts.append("NOT TRAINED YET: these are the random weights the run began with")
-    print(f"{path}: " + ", ".join(facts), file=sys.stderr)  # the text alone goes to stdout
+    print(f"{path}: " + ", ".join(facts), file=sys.stderr)
     if s.use_c and device == "cpu" and (reason := reason_against(model)):
         print(f"slower than it need be, by model.py alone: {reason}", file=sys.stderr)
+
+    # the samples, each with its speed on stderr
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     for i in range(s.num_samples):
-        count, started, first = 0, time.perf_counter(), None
-
-        def counted(steps):
-            nonlocal count, first
-            for step in steps:
-                count, first = count + 1, first or time.perf_counter()
-                yield step
-
         print(prompt, end="", flush=True)
+        started, times = time.perf_counter(), []
         steps = generate(
             model, prompt_ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty,
             seed=s.seed + i, use_c=s.use_c,
         )  # fmt: skip
-        for piece in stream_text(tokenizer, counted(steps)):
+        for piece in stream_text(tokenizer, timed(steps, times)):
             print(piece, end="", flush=True)
         print()
-        rate = f"{(count - 1) / (time.perf_counter() - first):.1f} tokens/s" if count > 1 else "one token"
-        print(f"[{count} tokens, {rate}, the first after {first - started:.2f} s]", file=sys.stderr)
+        rate = f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else "one token"
+        print(f"[{len(times)} tokens, {rate}, the first after {times[0] - started:.2f} s]", file=sys.stderr)
+
+
+def read_prompt(prompt: str) -> str:
+    """The text of --prompt, or of the file that FILE:name names."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        return Path(prompt[5:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt={prompt}: {error}") from None
+
+
+def timed(steps: Iterator, times: list[float]) -> Iterator:
+    """The same steps; the time at which each came is appended to `times`."""
+    for step in steps:
+        times.append(time.perf_counter())
+        yield step
 
 
 if __name__ == "__main__":
-    guard(main, ModelError)
+    guard(main)

@@ -17,26 +17,36 @@ rows are a function of seed and step alone, so splitting them otherwise, or stop
 import json
 import math
 import os
-import pickle
-import shutil
 import signal
 import sys
 import time
-import zipfile
-import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
+from checkpoint import find, load, load_state, read_config, read_tokenizer, save_pretrained, save_state, save_tokenizer
 from config import UserError, guard, override
-from model import ModelError, SmolLM2, SmolLM2Config, atomic, keep_freed_memory, read_json, write_json
-from sample import file_sha256, find, generate, load, pick_device, read_tokenizer
+from dataloader import Rows, find_data, move, validation_rows
+from device import (
+    compile_for_training,
+    join_processes,
+    keep_freed_memory,
+    peak_flops,
+    pick_autocast,
+    pick_compile,
+    pick_device,
+    undo_compile,
+)
+from files import atomic, exclusive, file_sha256
+from model import SmolLM2, SmolLM2Config
+from sample import generate
 
 
 @dataclass
@@ -88,182 +98,236 @@ class Settings:
     initializer_range: float = 0.0  # 0 is 1 / sqrt(hidden_size), which for 576 is the released 0.0417
 
 
-# What may change between a stop and a resume without leave: none of it touches which steps are taken. max_iters may
-# rise, which adds steps at the end of the schedule; everything else must be named in accept_changes.
-FREE = (
+# Settings that may differ between a stop and a resume: none of them changes which steps are taken. max_iters may rise,
+# which adds steps at the end of the schedule. Every other change must be named in accept_changes.
+MAY_CHANGE = (
     "out_dir init_from accept_changes eval_interval log_interval sample_interval patience micro_batch_size max_iters "
     "device compile peak_tflops"
 ).split()
 
-# Dense bf16/fp16 peaks from the vendors' data sheets. A device that is not here gets no MFU rather than a wrong one.
-KNOWN_PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
+
+@dataclass
+class Progress:
+    """The numbers of a run that change as it goes on; state.pt keeps them."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = -1  # the step of the last evaluation
+    best_val_loss: float = math.inf  # nats per token
+    best_step: int = -1
+    since_best: int = 0  # evaluations since then
+    skipped: int = 0  # steps without a finite loss and gradient
+    seconds: float = 0.0  # spent in steps
+    recent_loss: float | None = None  # moving average of the training loss
+    lr_decay_iters: int = 0  # the step at which the schedule ends
+    compile: bool | None = None  # whether the run began with compiled blocks
+
+
+class Run:
+    """What a run is made of: data, model and optimizer, resumed or new. Nothing is written yet."""
+
+    def __init__(self, s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
+        self.s, self.rank, self.world, self.device = s, rank, world, device
+        self.say = partial(print, flush=True) if rank == 0 else lambda *_: None
+        self.out_dir = Path(s.out_dir)
+
+        # the data, prepared now if they are not there
+        if rank == 0 and not (prepare.DATA / data.dataset / "meta.json").is_file():
+            prepare.prepare(data)
+        if world > 1:
+            dist.barrier()
+        self.folder, self.meta = find_data(data)
+        file, tokens = self.folder / "train.bin", self.meta["train_tokens"]
+        self.rows = Rows(file, tokens, s.block_size, s.seed, s.token_noise, self.meta["vocab_size"])
+        self.val_rows = validation_rows(self.folder / "val.bin", self.meta["val_tokens"], s.block_size, s.eval_rows)
+        facts = "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()
+        self.facts = {key: self.meta[key] for key in facts}  # what must be the same on a resume
+
+        # the state to resume from, if there is one
+        state_file, state = self.out_dir / "state.pt", None
+        self.p = Progress(lr_decay_iters=s.lr_decay_iters or s.max_iters)
+        self.resumed = s.init_from == "resume" or (s.init_from != "scratch" and state_file.is_file())
+        if self.resumed:
+            state = load_state(state_file)
+            check_resume(state, s, self.facts, state_file)
+            self.p = Progress(**state["progress"])
+            self.p.lr_decay_iters = s.lr_decay_iters or self.p.lr_decay_iters
+
+        # the model: resumed, new, or read from the directory that is fine-tuned
+        torch.manual_seed(s.seed)
+        self.model, self.source_dir = make_model(self, state)
+        self.model.to(device).train()
+
+        # the optimizer and the precision of matrix products; weights are float32
+        self.optimizer = make_optimizer(self.model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
+        self.dtype, self.dtype_reason = pick_autocast(s.dtype, device)
+        kind = torch.device(device).type
+        self.autocast = partial(torch.autocast, kind, self.dtype) if self.dtype != torch.float32 else nullcontext
+        self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
+        torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")  # TF32 for what stays in fp32
+        if self.resumed:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["rng"])
+            if kind == "cuda" and state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+        # rows of a step: all, this process's share, and how many go through the model at a time
+        self.step_tokens = s.global_batch_size * s.block_size
+        self.mine = s.global_batch_size // world
+        self.micro = min(s.micro_batch_size, self.mine)
+
+        # how fast the device could be, and whether compiling pays
+        self.peak, self.peak_source = peak_flops(device, self.dtype, s.peak_tflops)
+        work = s.max_iters * self.step_tokens * self.model.flops_per_token(s.block_size) / world
+        self.compiled, self.compile_reason = pick_compile(s.compile, device, work, self.peak)
+        if s.compile == "auto" and self.p.compile is not None:
+            self.compiled, self.compile_reason = self.p.compile, "as this run began"
+
+        # the command that continues this run
+        arguments = " ".join(sys.argv)
+        self.command = f"python {arguments}" if world == 1 else f"the same torchrun command ({arguments})"
+
+
+def main():
+    s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
+    check_settings(s)
+    keep_freed_memory()
+    rank, world, device = join_processes(pick_device(s.device))
+    try:
+        if s.global_batch_size % world:
+            raise UserError(f"--global_batch_size={s.global_batch_size} cannot be shared evenly by {world} processes.")
+        with exclusive(Path(s.out_dir), "being trained in") if rank == 0 else nullcontext():
+            run = Run(s, data, rank, world, device)
+            announce(run)
+            if not nothing_left(run):
+                begin(run)
+                rehearse(run)
+                loop(run)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# data
+# the loop
 
 
-class Rows:
-    """Training rows: row i of a run is a pure function of (seed, i). There is no state to save, and nothing for the
-    number of processes or the micro-batch to disturb.
-
-    Each epoch cuts the text into blocks from an offset of its own, wrapping round at the end, and visits them in an
-    order of its own. Over an epoch every token is predicted once, but for a remainder shorter than a block.
-
-    noise: the share of the inputs, never of the targets, that becomes a token drawn from the whole vocabulary, another
-    in every epoch: "blank noising" without the blank (https://arxiv.org/abs/1703.02573). A text that is read many times
-    is then never the same twice.
-    """
-
-    def __init__(self, file, tokens: int, block_size: int, seed: int, noise: float = 0.0, vocab_size: int = 0):
-        if tokens < block_size + 1:
-            raise UserError(
-                f"{file} has {tokens:,} tokens; --block_size={block_size} needs {block_size + 1:,}. Use more text, or "
-                f"--block_size={max(1, tokens - 1)} or less."
+def loop(run: Run):
+    """Steps and evaluations until max_iters, patience, or a signal."""
+    s, p, say, optimizer, scaler = run.s, run.p, run.say, run.optimizer, run.scaler
+    bad_steps = 0
+    shown_at, shown_step = time.perf_counter(), p.step
+    while True:
+        # evaluate, keep the best model, print a sample, save what a resume needs
+        if evaluation_is_due(run):
+            if not evaluation(run):
+                break  # a signal cut it short
+            save(run)
+            shown_at, shown_step = time.perf_counter(), p.step
+            if s.patience and p.since_best >= s.patience:
+                say(f"stopping: no better validation loss in {s.patience} evaluations, since {p.best_step:,}")
+                return
+        if p.step >= s.max_iters:
+            say(
+                f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, best validation loss "
+                f"{p.best_val_loss:.4f} at step {p.best_step:,}\nsample: python sample.py --model={run.out_dir}"
             )
-        self.file = open(file, "rb")  # read by position, not mapped: a mapped file seems to fill the memory
-        self.tokens, self.T, self.seed, self.noise, self.vocab_size = tokens, block_size, seed, noise, vocab_size
-        self.per_epoch = tokens // block_size
-        self.epoch = -1
+            return
+        started = time.perf_counter()
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        self.file.seek(2 * start)
-        return np.frombuffer(self.file.read(2 * count), dtype="<u2").astype(np.int64)
+        # set the learning rate of this step
+        lr = learning_rate_at(p.step, s, p.lr_decay_iters)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
-    def __getitem__(self, row: int) -> np.ndarray:  # (T + 1,) int64
-        epoch, i = divmod(row, self.per_epoch)
-        if epoch != self.epoch:
-            random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self.offset, self.order, self.epoch = (
-                random.integers(self.tokens),
-                random.permutation(self.per_epoch),
-                epoch,
-            )
-        start = (self.offset + self.order[i] * self.T) % self.tokens
-        first = min(self.T + 1, self.tokens - start)
-        return np.concatenate((self.read(start, first), self.read(0, self.T + 1 - first)))
+        # forward and backward, one micro-batch after the other; their gradients add up
+        loss = torch.zeros((), device=run.device)
+        batches = micro_batches(run, p.step)
+        for batch in batches:
+            loss += forward_backward(run, batch, last=batch is batches[-1])
 
-    def batch(self, rows: range, device) -> tuple[torch.Tensor, torch.Tensor]:  # inputs, targets: (B, T) int64
-        data = np.stack([self[row] for row in rows])
-        inputs = data[:, :-1].copy()
-        for i, row in enumerate(rows if self.noise else ()):
-            random = np.random.Generator(np.random.PCG64([self.seed, row, 1]))
-            hit = random.random(self.T) < self.noise
-            inputs[i, hit] = random.integers(self.vocab_size, size=hit.sum())
-        return move(torch.from_numpy(inputs), device), move(torch.from_numpy(data[:, 1:]), device)
+        # clip the gradient
+        scaler.unscale_(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip or math.inf))
 
+        # agree with the other processes on the loss, and on whether one of them was asked to stop
+        loss, stopping = agree(run, loss)
 
-def validation_rows(file, tokens: int, block_size: int, limit: int) -> torch.Tensor:
-    """All of the validation split as rows (N, T + 1), the last one filled up with -100, which no loss counts; if there
-    are more than `limit`, that many of them at even distances. Always the same rows in the same order."""
-    data = np.fromfile(file, dtype="<u2").astype(np.int64)
-    assert len(data) == tokens, f"{file} changed under our hands"
-    n = math.ceil((tokens - 1) / block_size)
-    rows = np.full((n, block_size + 1), -100, dtype=np.int64)
-    for i in range(n):
-        piece = data[i * block_size : (i + 1) * block_size + 1]
-        rows[i, : len(piece)] = piece
-    if n > limit:
-        rows = rows[np.linspace(0, n - 1, limit).round().astype(int)]
-    return torch.from_numpy(rows)
+        # take the step, or skip it where the numbers are not finite; an overflow of float16 is the scaler's to handle
+        if math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled()):
+            scaler.step(optimizer)
+            bad_steps = 0
+            p.recent_loss = loss if p.recent_loss is None else 0.9 * p.recent_loss + 0.1 * loss
+        else:
+            bad_steps += 1
+            p.skipped += 1
+            say(f"!! step {p.step}: loss {loss}, gradient norm {norm}; skipped ({p.skipped} so far)")
+            if bad_steps == 5:
+                raise UserError(
+                    f"five steps in a row without a finite loss or gradient. {run.out_dir} still holds the last good "
+                    "checkpoint; go on from it with a lower --learning_rate and --accept_changes=learning_rate."
+                )
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        p.step += 1
+        p.seconds += time.perf_counter() - started
 
-
-def move(tensor: torch.Tensor, device) -> torch.Tensor:
-    if torch.device(device).type == "cuda":  # from pinned memory the copy runs beside the computation
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-@torch.no_grad()
-def evaluate(model, rows, batch_size, autocast, rank=0, world=1, stopping=lambda: False) -> float | None:
-    """Mean loss in nats per token over `rows`, the same number however the rows are shared out; None if stopped."""
-    total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-    mine = rows[rank::world]
-    for a in range(0, len(mine), batch_size):
-        if stopping():
+        # log
+        if p.step % s.log_interval == 0:
+            log_step(run, loss, lr, norm, (time.perf_counter() - shown_at) / (p.step - shown_step))
+            shown_at, shown_step = time.perf_counter(), p.step
+        if stopping:
             break
-        batch = mine[a : a + batch_size]
-        if len(batch) < batch_size:  # one shape for all, so that a compiled model compiles once
-            batch = torch.cat((batch, torch.full((batch_size - len(batch), batch.size(1)), -100)))
-        inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
-        count = int((targets != -100).sum())
-        with autocast():
-            _, loss = model(move(inputs, model.device), move(targets, model.device), logits_to_keep=-1)
-        total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
-    if world > 1:
-        reduced = torch.cat((total, torch.tensor([float(stopping())], dtype=torch.float64))).to(model.device)
-        dist.all_reduce(reduced)
-        if reduced[2] > 0:
-            return None
-        total = reduced[:2].cpu()
-    return None if stopping() else float(total[0] / total[1])
+    save(run)
+    say(f"stopped at step {p.step:,}, saved. Go on with: {run.command}")
+
+
+def micro_batches(run: Run, step: int) -> list[range]:
+    """The row numbers of this process's share of a step, micro-batch by micro-batch; the last may be shorter."""
+    begin = step * run.s.global_batch_size + run.rank * run.mine
+    end = begin + run.mine
+    return [range(a, min(a + run.micro, end)) for a in range(begin, end, run.micro)]
+
+
+def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
+    """Loss and gradients of one micro-batch, weighted by its share of this process's rows; the loss, detached."""
+    inputs, targets = run.rows.batch(batch, run.device)
+    # DDP averages gradients over the processes; before each forward it must know whether to wait for more
+    with nullcontext() if run.world == 1 or last else run.trained.no_sync():
+        with run.autocast():
+            _, loss = run.trained(inputs, targets, loss_only=True)
+        loss = loss * (len(batch) / run.mine)
+        run.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def agree(run: Run, loss: torch.Tensor) -> tuple[float, bool]:
+    """The mean loss of all processes, and whether any of them was asked to stop: one small exchange a step."""
+    shared = torch.stack((loss / run.world, torch.tensor(float(run.stop.asked), device=run.device)))
+    if run.world > 1:
+        dist.all_reduce(shared)
+    return float(shared[0]), bool(shared[1])
+
+
+def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float):
+    """A line on the terminal and one in log.jsonl. `seconds`: a step's, on average since the last line."""
+    s, p = run.s, run.p
+    rate = run.step_tokens / seconds
+    mfu = rate * run.model.flops_per_token(s.block_size) / (run.peak * run.world) if run.peak else None
+    eta = int((s.max_iters - p.step) * seconds)
+    run.say(
+        f"step {p.step:>6} | loss {loss:.4f} | lr {lr:.2e} | grad {norm:.2f} | {1000 * seconds:,.0f} ms | "
+        f"{rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | eta {eta // 60}m{eta % 60:02d}s"
+    )
+    if run.rank == 0:
+        run.log.write(
+            step=p.step, tokens=p.step * run.step_tokens, loss=loss, lr=lr, grad_norm=norm, tok_per_s=round(rate, 1),
+            mfu=mfu and round(mfu, 4), seconds=round(p.seconds, 1),
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the machine
-
-
-def pick_autocast(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and why: bf16 where the processor has it, by capability, since some accept it and
-    emulate. A wrong name raises UserError."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name != "auto":
-        if name not in dtypes:
-            raise UserError(f"--dtype={name}: expected auto, {', '.join(dtypes)}.")
-        return dtypes[name], "as asked"
-    if device.startswith("cuda"):
-        major, minor = torch.cuda.get_device_capability()
-        if (major, minor) >= (8, 0):
-            return torch.bfloat16, f"CUDA capability {major}.{minor} has bfloat16"
-        return torch.float16, f"CUDA capability {major}.{minor} has no bfloat16; float16 with loss scaling"
-    if device == "cpu":
-        has = torch.cpu.get_capabilities()
-        for feature in ("amx_bf16", "avx512_bf16", "bf16"):
-            if has.get(feature):
-                return torch.bfloat16, f"the CPU has {feature}"
-        return torch.float32, "the CPU has no bfloat16"
-    return torch.float32, f"float32 is the safe choice on {device}"
-
-
-def peak_flops(device: str, dtype: torch.dtype, given_tflops: float = 0.0) -> tuple[float, str]:
-    """Floating-point operations per second the device could do, and where the figure is from; 0 if nobody knows."""
-    if given_tflops:
-        return given_tflops * 1e12, "as given"
-    if device == "cpu":
-        a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in "ab")
-        best, started = math.inf, time.perf_counter()
-        while time.perf_counter() - started < 0.3:
-            before = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - before)
-        return 2 * 1024**3 / best, "measured"
-    if device.startswith("cuda") and dtype != torch.float32:
-        name = torch.cuda.get_device_name()
-        for key, tflops in KNOWN_PEAK_TFLOPS.items():
-            if key in name:
-                return tflops * 1e12, f"data sheet of {key}"
-    return 0.0, "unknown"
-
-
-def pick_compile(choice: str, device: str, flops: float, peak: float) -> tuple[bool, str]:
-    """Compile the blocks or not, and why. `flops` is the work of the whole run. All blocks share one compiled graph,
-    so it costs some 20 seconds the first time, not the minute of compiling 30 of them."""
-    if choice not in ("auto", "on", "off"):
-        raise UserError(f"--compile={choice}: expected auto, on or off.")
-    if choice != "auto":
-        return choice == "on", "as asked"
-    if sys.platform == "win32":
-        return False, "not tried on Windows"
-    if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return False, "there is no C++ compiler"
-    if device.startswith("cuda") and torch.cuda.get_device_capability() < (7, 0):
-        return False, "this GPU is too old for Triton"
-    if device not in ("cpu",) and not device.startswith("cuda"):
-        return False, f"compiled training is not reliable on {device}"
-    minutes = flops / (0.5 * peak) / 60 if peak else math.inf
-    if minutes < 5:
-        return False, f"the run is about {minutes:.1f} minutes of work, too short to earn the compiling back"
-    return True, "the run is long enough to earn the compiling back"
+# optimizer and schedule
 
 
 def make_optimizer(model: SmolLM2, learning_rate: float, weight_decay: float, betas: tuple[float, float]):
@@ -292,140 +356,231 @@ def learning_rate_at(step: int, s: Settings, decay_iters: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# evaluation
 
 
-def save_state(path: Path, model, optimizer, scaler, progress: dict, settings: Settings, facts: dict):
-    """state.pt: plain numbers, text and tensors, so that it loads with weights_only=True and nothing in it can run.
-    Raises OSError, and leaves the old one, if the disk is full."""
-    state = dict(
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
-        scaler=scaler.state_dict(),
-        progress=progress,
-        settings=asdict(settings),
-        facts=facts,
-        rng=torch.get_rng_state(),
-        cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+def evaluation_is_due(run: Run) -> bool:
+    """Every eval_interval steps and at the end; before step 1 only where there is a model worth measuring."""
+    s, p = run.s, run.p
+    now = p.step % s.eval_interval == 0 or p.step >= s.max_iters
+    return now and p.evaluated < p.step and (p.step > 0 or run.source_dir is not None)
+
+
+def evaluation(run: Run) -> bool:
+    """Evaluate, keep the model if it is the best, print a sample; False if a signal cut it short."""
+    p, meta = run.p, run.meta
+    started = time.perf_counter()
+    run.model.eval()
+    loss = evaluate(run.model, run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
+    run.model.train()
+    if loss is None:
+        return False
+    best = loss < p.best_val_loss
+    p.evaluated = p.step
+    p.since_best = 0 if best else p.since_best + 1
+    if best:
+        p.best_val_loss, p.best_step = loss, p.step
+    bpb = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+    perplexity = math.exp(min(loss, 99))
+    gap = "" if p.recent_loss is None else f" | train {p.recent_loss:.4f} | gap {loss - p.recent_loss:+.4f}"
+    run.say(
+        f"eval {p.step:>6} | val {loss:.4f} | ppl {perplexity:.2f} | {bpb:.4f} bits per byte{gap} | "
+        f"{time.perf_counter() - started:.1f} s" + (" | best so far" if best else "")
     )
-    with atomic(path) as temporary:
+    if run.rank > 0:
+        return True
+    run.log.write(
+        step=p.step, val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss, best=best,
+        seconds=round(p.seconds, 1),
+    )  # fmt: skip
+    if best:
+        header = dict(step=str(p.step), val_loss=f"{loss:.6f}", val_bpb=f"{bpb:.6f}")
         try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(str(error).splitlines()[0]) from error
-
-
-def load_state(path: Path) -> dict:
-    """Read state.pt. UserError where it is missing, cut short, altered (its zip entries carry checksums), or holds
-    anything but plain data."""
-    if not path.is_file():
-        raise UserError(f"{path} not found: nothing to resume. Without --init_from=resume the run starts from scratch.")
-    way_out = (
-        f"The best model in {path.parent} is not touched by this. Start over with --init_from=scratch, or fine-tune "
-        f"from it with --init_from={path.parent} --out_dir=another."
-    )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise zipfile.BadZipFile(f"{broken} has a wrong checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a state of ours: {reason}\n{way_out}") from None
-    if set(state) != set("model optimizer scaler progress settings facts rng cuda_rng".split()):
-        raise UserError(f"{path} was not written by this version of train.py.\n{way_out}")
-    return state
-
-
-def check_resume(state: dict, s: Settings, facts: dict, path: Path):
-    """UserError naming every setting and every fact about the data that differs from the run in `state`."""
-    accepted = [key.strip() for key in s.accept_changes.split(",") if key.strip()]
-    then, now = state["settings"], asdict(s)
-    changed = [k for k in now if k not in FREE and k not in accepted and now[k] != then.get(k)]
-    problems = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed]
-    for key, value in facts.items():
-        if state["facts"].get(key) != value:
-            problems.append(
-                f"the {key.replace('_', ' ')} was {str(state['facts'].get(key))[:12]}, is {str(value)[:12]}"
-            )
-    if problems:
-        remedy = f"Use the old values, another --out_dir, or --init_from=scratch to start {path.parent} over."
-        if changed:
-            remedy += f" To go on all the same: --accept_changes={','.join(changed)}"
-        raise UserError(f"{path} is of a run with other settings: {'; '.join(problems)}.\n{remedy}")
-
-
-class Log:
-    """log.jsonl: one line per log step, evaluation and sample. After a resume, lines beyond its step are dropped: those
-    steps are about to happen again."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if self.step_of(line) <= step]
-            with atomic(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    @staticmethod
-    def step_of(line: str) -> float:
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            return math.inf  # half a line, from a kill
-
-    def write(self, **entry):
-        entry = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
-        }  # JSON has no NaN
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
+            save_pretrained(run.model, run.out_dir, header | {"tokenizer_sha256": meta["tokenizer_sha256"]})
         except OSError as error:
-            print(f"!! {self.path} could not be written ({error}); training goes on")
+            run.say(f"!! the best model could not be written ({error}); the previous one is kept and training goes on")
+    elif p.since_best >= 3:
+        run.say(f"     overfitting since step {p.best_step:,}: that model, the best, is what {run.out_dir} holds")
+    if run.s.sample_interval and p.step % run.s.sample_interval == 0:
+        print_sample(run)
+    return True
+
+
+@torch.no_grad()
+def evaluate(model, rows, batch_size, autocast, rank=0, world=1, stopping=lambda: False) -> float | None:
+    """Mean loss in nats per token over `rows`, the same number however the rows are shared out; None if stopped."""
+    total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    mine = rows[rank::world]
+    for a in range(0, len(mine), batch_size):
+        if stopping():
+            break
+        batch = mine[a : a + batch_size]
+        if len(batch) < batch_size:  # one shape for all, so that a compiled model compiles once
+            batch = torch.cat((batch, torch.full((batch_size - len(batch), batch.size(1)), -100)))
+        inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
+        count = int((targets != -100).sum())
+        with autocast():
+            _, loss = model(move(inputs, model.device), move(targets, model.device), loss_only=True)
+        total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+    if world > 1:
+        reduced = torch.cat((total, torch.tensor([float(stopping())], dtype=torch.float64))).to(model.device)
+        dist.all_reduce(reduced)
+        if reduced[2] > 0:
+            return None
+        total = reduced[:2].cpu()
+    return None if stopping() else float(total[0] / total[1])
+
+
+def print_sample(run: Run):
+    """A hundred tokens after a line break, by model.py itself, so that a change of the architecture shows."""
+    tokenizer = read_tokenizer(run.folder)
+    prompt = tokenizer.encode("\n", add_special_tokens=False).ids or [run.meta["eos_token_id"]]
+    run.model.eval()
+    with torch.compiler.set_stance("force_eager"), run.autocast():
+        steps = generate(run.model, prompt, max_new_tokens=100, seed=run.p.step, use_c=False)
+        text = tokenizer.decode([int(ids) for ids in steps])
+    run.model.train()
+    run.say("     " + text.strip().replace("\n", "\n     "))
+    run.log.write(step=run.p.step, sample=text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the run
+# before the loop
 
 
-def main():
-    s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
-    check_settings(s)
-    keep_freed_memory()
+def make_model(run: Run, state: dict | None) -> tuple[SmolLM2, Path | None]:
+    """The model in fp32, and the directory it is fine-tuned from, None where it is resumed or new."""
+    s, meta, source_dir = run.s, run.meta, None
+    if state is not None:
+        # the weights are in state.pt: the directory holds the best model, which may be an older one
+        model = SmolLM2(read_config(run.out_dir))
+        model.load_state_dict(state["model"])
+    elif s.init_from in ("auto", "scratch"):
+        same = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+        same += "rope_theta rms_norm_eps tie_word_embeddings".split()
+        config = SmolLM2Config(
+            **{key: getattr(s, key) for key in same},
+            vocab_size=meta["vocab_size"], bos_token_id=meta["eos_token_id"], eos_token_id=meta["eos_token_id"],
+            head_dim=s.head_dim or s.hidden_size // s.num_attention_heads,
+            max_position_embeddings=s.max_position_embeddings or s.block_size,
+            initializer_range=s.initializer_range or s.hidden_size**-0.5,
+        )  # fmt: skip
+        model = SmolLM2(config)
+    else:
+        source_dir = find(s.init_from)
+        model, _ = load(source_dir, dtype=torch.float32)  # whatever the file holds
+        if file_sha256(source_dir / "tokenizer.json") != meta["tokenizer_sha256"]:
+            raise UserError(
+                f"{run.folder} was made with another tokenizer than {s.init_from} has. Make it with: python prepare.py "
+                f"--dataset={run.folder.name} --tokenizer={s.init_from}"
+            )
+    limit = model.config.max_position_embeddings
+    if s.block_size > limit:
+        raise UserError(f"--block_size={s.block_size} is beyond the model's context of {limit} positions.")
+    return model, source_dir
 
-    # one process, or one of many: torchrun says which
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(s.device)
-    if world > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        if s.global_batch_size % world:
-            raise UserError(f"--global_batch_size={s.global_batch_size} cannot be shared evenly by {world} processes.")
-    out_dir = Path(s.out_dir)
-    master = rank == 0
 
-    def say(text=""):
-        if master:
-            print(text, flush=True)
+def announce(run: Run):
+    """What is about to happen, in numbers."""
+    s, p, say, meta = run.s, run.p, run.say, run.meta
+    n = run.model.num_parameters()
+    steps_per_epoch = meta["train_tokens"] / run.step_tokens
+    say(
+        f"data     {run.folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens"
+    )
+    say(f"model    {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
+    say(
+        f"step     micro-batch {run.micro} x accumulation {math.ceil(run.mine / run.micro)} x processes {run.world} = "
+        f"{s.global_batch_size} rows x {s.block_size} tokens = {run.step_tokens:,} tokens"
+    )
+    say(f"epochs   {steps_per_epoch:.1f} steps each, {s.max_iters / steps_per_epoch:.1f} in {s.max_iters:,} steps")
+    say(f"device   {run.device}, {torch.get_num_threads()} threads; {str(run.dtype)[6:]}: {run.dtype_reason}")
+    say(f"compile  {'on' if run.compiled else 'off'}: {run.compile_reason}")
+    if run.peak:
+        say(f"peak     {run.peak / 1e9:,.0f} GFLOP/s, {run.peak_source}")
+    else:
+        say("peak     unknown, so no MFU: --peak_tflops")
+    if run.resumed:
+        say(f"resume   {run.out_dir}/state.pt at step {p.step:,}, best validation loss {p.best_val_loss:.4f}")
+        if s.max_iters > p.lr_decay_iters and s.lr_schedule != "constant":
+            say(f"         the schedule ended at step {p.lr_decay_iters:,}; the rest runs at {s.min_lr:g}")
 
-    with prepare.exclusive(out_dir, "being trained in") if master else nullcontext():
+
+def nothing_left(run: Run) -> bool:
+    """Whether the run had come to its end before; prints what would continue it."""
+    s, p = run.s, run.p
+    if p.step >= s.max_iters and p.evaluated == p.step:
+        run.say(f"finished at step {p.step:,}. More steps: {run.command} --max_iters={2 * s.max_iters}")
+        return True
+    if run.resumed and s.patience and p.since_best >= s.patience:
+        run.say(f"stopped by patience at step {p.step:,}. To go on: {run.command} --patience={2 * s.patience}")
+        return True
+    return False
+
+
+def begin(run: Run):
+    """Make the folder a complete model directory, and everything ready for the first step."""
+    s, p, out_dir, model = run.s, run.p, run.out_dir, run.model
+    first_save = min(s.max_iters, (p.step // s.eval_interval + 1) * s.eval_interval)
+    run.say(f"saves    to {out_dir}, first at step {first_save:,}, then every {s.eval_interval:,} steps")
+    if run.rank == 0:
+        if not run.resumed:
+            (out_dir / "state.pt").unlink(missing_ok=True)
+            (out_dir / "log.jsonl").unlink(missing_ok=True)
+            context = model.config.max_position_embeddings
+            save_tokenizer(out_dir, run.folder / "tokenizer.json", run.meta["eos_token"], context, run.source_dir)
+            first_weights = dict(step="0", tokenizer_sha256=run.meta["tokenizer_sha256"])
+            if run.source_dir is None:
+                first_weights["untrained"] = "true"
+            save_pretrained(model, out_dir, first_weights)
+        for stale in out_dir.glob("*.tmp"):
+            stale.unlink()
+        run.log = Log(out_dir / "log.jsonl", p.step)
+    if run.compiled:  # in place, so no name gets a prefix
+        compile_for_training(model)
+    run.trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if run.world > 1 else model
+    run.stop = StopSignal(run.say)
+
+
+def rehearse(run: Run):
+    """Try forward and backward on the sizes of micro-batch that the run has, and discard the gradients. Where memory is
+    too small or compiling fails, that shows here, before the first evaluation, and is mended with a message."""
+    started = time.perf_counter()
+    while True:
         try:
-            run(s, data, out_dir, device, rank, world, say)
-        finally:
-            if world > 1:
-                dist.destroy_process_group()
+            for batch in {len(batch): batch for batch in micro_batches(run, run.p.step)}.values():
+                forward_backward(run, batch, last=True)
+            break
+        except Exception as error:
+            mend(run, error)
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.p.compile = run.compiled
+    if run.compiled:
+        run.say(f"         compiled in {time.perf_counter() - started:.0f} s")
+
+
+def mend(run: Run, error: Exception):
+    """Halve the micro-batch after running out of memory; go on without compiling where it was not asked for. Any other
+    error is raised again, and so is every error of one process among several."""
+    s = run.s
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    memory = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "alloc" in text
+    if memory and run.micro > 1 and run.world == 1:
+        run.micro //= 2
+        run.say(f"!! out of memory: micro-batch {run.micro} from here on, still {s.global_batch_size} rows a step")
+    elif memory:
+        raise UserError(f"out of memory ({text}). Try a smaller --micro_batch_size or --block_size.") from None
+    elif run.compiled and s.compile == "auto" and run.world == 1:
+        run.compiled = False
+        undo_compile(run.model)
+        run.say(f"!! compiling failed ({type(error).__name__}: {text}); going on without")
+    elif run.compiled:
+        raise UserError(f"--compile=on failed here ({text}). Train without: --compile=off") from None
+    else:
+        raise error
 
 
 def check_settings(s: Settings):
@@ -451,348 +606,82 @@ def check_settings(s: Settings):
         raise UserError("\n".join(problems) + "\nNothing was started.")
 
 
-def run(s: Settings, data: prepare.Settings, out_dir: Path, device: str, rank: int, world: int, say):
-    master = rank == 0
-    # the data, made now if they are not there
-    folder = prepare.DATA / data.dataset
-    if master and not (folder / "meta.json").is_file():
-        prepare.prepare(data)
-    if world > 1:
-        dist.barrier()
-    meta = prepare.read_meta(data.dataset)
-    for key, asked in (("tokenizer", data.tokenizer), ("vocab_size", data.vocab_size)):
-        made = meta["tokenizer"] if key == "tokenizer" else meta["vocab_size_asked"]
-        if asked != made and not (key == "vocab_size" and data.tokenizer != "bpe"):
-            raise UserError(
-                f"{folder} was prepared with {key}={made}, asked is {asked}. Prepare it anew with: python prepare.py "
-                f"--dataset={data.dataset} --{key}={asked} (and --input), or use another --dataset."
-            )
-    train_file, tokens = folder / "train.bin", meta["train_tokens"]
-    rows = Rows(train_file, tokens, s.block_size, s.seed, s.token_noise, meta["vocab_size"])
-    val = validation_rows(folder / "val.bin", meta["val_tokens"], s.block_size, s.eval_rows)
+def check_resume(state: dict, s: Settings, facts: dict, path: Path):
+    """UserError naming every setting and every fact about the data that differs from the run in `state`."""
+    accepted = [key.strip() for key in s.accept_changes.split(",") if key.strip()]
+    then, now = state["settings"], asdict(s)
+    changed = [k for k in now if k not in MAY_CHANGE and k not in accepted and now[k] != then.get(k)]
+    problems = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed]
+    for key, value in facts.items():
+        before = state["facts"].get(key)
+        if before != value:
+            problems.append(f"the {key.replace('_', ' ')} was {str(before)[:12]}, is {str(value)[:12]}")
+    if problems:
+        remedy = f"Use the old values, another --out_dir, or --init_from=scratch to start {path.parent} over."
+        if changed:
+            remedy += f" To go on all the same: --accept_changes={','.join(changed)}"
+        raise UserError(f"{path} is of a run with other settings: {'; '.join(problems)}.\n{remedy}")
 
-    # the model: resumed, fine-tuned or new
-    state_file = out_dir / "state.pt"
-    resuming = s.init_from == "resume" or (s.init_from != "scratch" and state_file.is_file())
-    facts = {k: meta[k] for k in ("tokenizer_sha256", "source_sha256", "train_tokens", "val_tokens", "vocab_size")}
-    progress = dict(step=0, evaluated=-1, best_val_loss=math.inf, best_step=-1, since_best=0, skipped=0, seconds=0.0)
-    progress |= dict(recent_loss=None, lr_decay_iters=s.lr_decay_iters or s.max_iters, compile=None)
-    torch.manual_seed(s.seed)
-    state = source_dir = None
-    if resuming:
-        state = load_state(state_file)
-        check_resume(state, s, facts, state_file)
-        progress = state["progress"]
-        # the weights are in state.pt; the directory holds the best model, which may be an older one
-        progress["lr_decay_iters"] = s.lr_decay_iters or progress["lr_decay_iters"]
-        config = SmolLM2Config.from_dict(read_json(out_dir / "config.json"))
-        model = SmolLM2(config)
-        model.load_state_dict(state["model"])
-    elif s.init_from in ("auto", "scratch"):
-        model = SmolLM2(
-            SmolLM2Config(
-                vocab_size=meta["vocab_size"], bos_token_id=meta["eos_token_id"], eos_token_id=meta["eos_token_id"],
-                head_dim=s.head_dim or s.hidden_size // s.num_attention_heads,
-                max_position_embeddings=s.max_position_embeddings or s.block_size,
-                initializer_range=s.initializer_range or s.hidden_size**-0.5,
-                **{k: getattr(s, k) for k in "hidden_size intermediate_size num_hidden_layers num_attention_heads "
-                   "num_key_value_heads rope_theta rms_norm_eps tie_word_embeddings".split()},
-            )
-        )  # fmt: skip
-    else:
-        source_dir = find(s.init_from)
-        model, _ = load(source_dir, dtype=torch.float32)  # fp32 master weights, whatever the file holds
-        if file_sha256(source_dir / "tokenizer.json") != meta["tokenizer_sha256"]:
-            raise UserError(
-                f"{folder} was made with another tokenizer than {s.init_from} has. Make it with: python prepare.py "
-                f"--dataset={data.dataset} --tokenizer={s.init_from}"
-            )
-    if s.block_size > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings
-        raise UserError(f"--block_size={s.block_size} is beyond the model's context of {limit} positions.")
-    model.to(device).train()
-    optimizer = make_optimizer(model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
-    dtype, dtype_reason = pick_autocast(s.dtype, device)
-    kind = torch.device(device).type
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-    torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")  # TF32 for what stays in fp32
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if kind == "cuda" and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        del state
 
-    def autocast():
-        return torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
+# ----------------------------------------------------------------------------------------------------------------------
+# stopping, saving, logging
 
-    # what is about to happen, in numbers
-    T, micro = s.block_size, min(s.micro_batch_size, s.global_batch_size // world)
-    step_tokens, mine = s.global_batch_size * T, s.global_batch_size // world
-    n = model.num_parameters()
-    steps_per_epoch = meta["train_tokens"] / step_tokens
-    peak, peak_source = peak_flops(device, dtype, s.peak_tflops)
-    token_flops = model.flops_per_token(T)
-    compiled, compile_reason = pick_compile(s.compile, device, s.max_iters * step_tokens * token_flops / world, peak)
-    if s.compile == "auto" and progress["compile"] is not None:
-        compiled, compile_reason = progress["compile"], "as this run began"
-    say(f"data     {folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens")
-    say(f"model    {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
-    say(
-        f"step     micro-batch {micro} x accumulation {math.ceil(mine / micro)} x processes {world} = "
-        f"{s.global_batch_size} rows x {T} tokens = {step_tokens:,} tokens"
-    )
-    say(f"epochs   {steps_per_epoch:.1f} steps each, {s.max_iters / steps_per_epoch:.1f} in {s.max_iters:,} steps")
-    say(f"device   {device}, {torch.get_num_threads()} threads; {str(dtype)[6:]}: {dtype_reason}")
-    say(f"compile  {'on' if compiled else 'off'}: {compile_reason}")
-    say(f"peak     {peak / 1e9:,.0f} GFLOP/s, {peak_source}" if peak else "peak     unknown, so no MFU: --peak_tflops")
-    again = "python " + " ".join(sys.argv) if world == 1 else f"the same torchrun command ({' '.join(sys.argv)})"
-    if resuming:
-        say(f"resume   {state_file} at step {progress['step']:,}, best validation loss {progress['best_val_loss']:.4f}")
-        if s.max_iters > progress["lr_decay_iters"] and s.lr_schedule != "constant":
-            say(f"         the schedule ended at step {progress['lr_decay_iters']:,}; the rest runs at {s.min_lr:g}")
-    if progress["step"] >= s.max_iters and progress["evaluated"] == progress["step"]:
-        say(f"finished at step {progress['step']:,}. More steps: {again} --max_iters={2 * s.max_iters}")
-        return
-    if resuming and s.patience and progress["since_best"] >= s.patience:
-        say(f"stopped by patience at step {progress['step']:,}. To go on: {again} --patience={2 * s.patience}")
-        return
-    first_save = min(s.max_iters, (progress["step"] // s.eval_interval + 1) * s.eval_interval)
-    say(f"saves    to {out_dir}, first at step {first_save:,}, then every {s.eval_interval:,} steps")
 
-    # the folder: a complete model directory from the first minute on
-    if master and not resuming:
-        state_file.unlink(missing_ok=True)
-        (out_dir / "log.jsonl").unlink(missing_ok=True)
-        copy_tokenizer(folder, source_dir, out_dir, meta["eos_token"], model.config.max_position_embeddings)
-        first_weights = dict(step="0", tokenizer_sha256=meta["tokenizer_sha256"])
-        model.save_pretrained(out_dir, first_weights if source_dir else first_weights | {"untrained": "true"})
-    for stale in out_dir.glob("*.tmp") if master else ():
-        stale.unlink()
-    log = Log(out_dir / "log.jsonl", progress["step"]) if master else None
-    tokenizer = read_tokenizer(folder)
+class StopSignal:
+    """Ctrl-C or SIGTERM: the first asks the run to save and end at the next safe point, the second quits at once."""
 
-    # we train with `trained`; `model` is the bare module that is saved and sampled from. They share the weights, and
-    # blocks are compiled in place, so no name ever gets a prefix.
-    if compiled:
-        model.compile_for_training()
-    trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    def __init__(self, say: Callable):
+        self.asked, self.say = False, say
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
-    # stopping: the first signal asks, at the next safe point all processes agree, save and leave; the second insists
-    asked_to_stop = []
-
-    def on_signal(number, frame):
-        if asked_to_stop:
+    def on_signal(self, number, frame):
+        if self.asked:
             os._exit(128 + number)
-        asked_to_stop.append(number)
-        say(f"\n{signal.Signals(number).name}: saving at the end of this step; once more to quit at once")
+        self.asked = True
+        self.say(f"\n{signal.Signals(number).name}: saving at the end of this step; once more to quit at once")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
 
-    def save():
-        if not master:
-            return
+def save(run: Run):
+    """state.pt, by the first process. A full disk is said, and does not end the run."""
+    if run.rank > 0:
+        return
+    file = run.out_dir / "state.pt"
+    try:
+        save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), asdict(run.s), run.facts)
+    except OSError as error:
+        run.say(f"!! {file} could not be written ({error}); the previous one is kept and training goes on")
+
+
+class Log:
+    """log.jsonl: one line per log step, evaluation and sample. After a resume, lines beyond its step are dropped: those
+    steps are about to happen again."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if self.step_of(line) <= step]
+            with atomic(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    @staticmethod
+    def step_of(line: str) -> float:
         try:
-            save_state(state_file, model, optimizer, scaler, progress, s, facts)
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return math.inf  # half a line, from a kill
+
+    def write(self, **entry):
+        for key, value in entry.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                entry[key] = None  # JSON has no NaN
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
         except OSError as error:
-            say(f"!! {state_file} could not be written ({error}); the previous one is kept and training goes on")
-
-    def accumulate(step):
-        """Forward and backward over this process's share of a step's rows; returns the summed loss of all processes."""
-        nonlocal micro
-        begin = step * s.global_batch_size + rank * mine
-        total = torch.zeros((), device=device)
-        for a in range(0, mine, micro):
-            batch = range(begin + a, begin + min(a + micro, mine))
-            inputs, targets = rows.batch(batch, device)
-            last = a + micro >= mine
-            # DDP averages over processes; the flag that it waits for the last micro-batch must be set before forward
-            with trained.no_sync() if world > 1 and not last else nullcontext():
-                with autocast():
-                    _, loss = trained(inputs, targets, logits_to_keep=-1)
-                loss = loss * (len(batch) / mine)
-                scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    def first_step(step):
-        """The first step may run out of memory, or find that compiling does not work here. Both are mended, aloud."""
-        nonlocal micro, compiled
-        while True:
-            try:
-                return accumulate(step)
-            except Exception as error:
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                memory = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "alloc" in text
-                if memory and micro > 1 and world == 1:
-                    micro //= 2
-                    say(f"!! out of memory: micro-batch {micro} from here on, still {s.global_batch_size} rows a step")
-                elif memory:
-                    raise UserError(
-                        f"out of memory ({text}). Try a smaller --micro_batch_size or --block_size."
-                    ) from None
-                elif compiled and s.compile == "auto" and world == 1:
-                    compiled = False
-                    say(f"!! compiling failed ({type(error).__name__}: {text}); going on without")
-                    for layer in model.layers:
-                        layer._compiled_call_impl = None
-                elif compiled:
-                    raise UserError(f"--compile=on failed here ({text}). Train without: --compile=off") from None
-                else:
-                    raise
-            optimizer.zero_grad(set_to_none=True)
-            if kind == "cuda":
-                torch.cuda.empty_cache()
-
-    def evaluation(step) -> bool:
-        """Evaluate, keep the model if it is the best, print a sample; False if a signal cut it short."""
-        started = time.perf_counter()
-        model.eval()
-        loss = evaluate(model, val, micro, autocast, rank, world, lambda: bool(asked_to_stop))
-        model.train()
-        if loss is None:
-            return False
-        best = loss < progress["best_val_loss"]
-        bpb = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
-        progress["evaluated"] = step
-        progress["since_best"] = 0 if best else progress["since_best"] + 1
-        if best:
-            progress["best_val_loss"], progress["best_step"] = loss, step
-        recent = progress["recent_loss"]
-        gap = f" | train {recent:.4f} | gap {loss - recent:+.4f}" if recent is not None else ""
-        say(
-            f"eval {step:>6} | val {loss:.4f} | ppl {math.exp(min(loss, 99)):.2f} | {bpb:.4f} bits per byte{gap} | "
-            f"{time.perf_counter() - started:.1f} s" + (" | best so far" if best else "")
-        )
-        if not master:
-            return True
-        log.write(
-            step=step, val_loss=loss, val_ppl=math.exp(min(loss, 99)), val_bpb=bpb, train_loss=recent, best=best,
-            seconds=round(progress["seconds"], 1),
-        )  # fmt: skip
-        if best:
-            facts_of_best = dict(
-                step=step, val_loss=f"{loss:.6f}", val_bpb=f"{bpb:.6f}", tokenizer_sha256=meta["tokenizer_sha256"]
-            )
-            try:
-                model.save_pretrained(out_dir, {k: str(v) for k, v in facts_of_best.items()})
-            except OSError as error:
-                say(f"!! the best model could not be written ({error}); the previous one is kept and training goes on")
-        elif progress["since_best"] >= 3:
-            say(f"     overfitting since step {progress['best_step']:,}: that model, the best, is what {out_dir} holds")
-        if s.sample_interval and step % s.sample_interval == 0:
-            prompt = tokenizer.encode("\n", add_special_tokens=False).ids or [meta["eos_token_id"]]
-            model.eval()
-            with torch.compiler.set_stance("force_eager"), autocast():
-                # by model.py itself, whatever is being tried in it
-                ids = [int(i) for i in generate(model, prompt, max_new_tokens=100, seed=step, use_c=False)]
-            model.train()
-            text = tokenizer.decode(ids)
-            say("     " + text.strip().replace("\n", "\n     "))
-            log.write(step=step, sample=text)
-        return True
-
-    # the loop
-    bad_steps, first = 0, True
-    shown_at, shown_step = time.perf_counter(), progress["step"]
-    while True:
-        step = progress["step"]
-        due = step % s.eval_interval == 0 or step >= s.max_iters
-        if due and progress["evaluated"] < step and (step > 0 or source_dir):
-            if not evaluation(step):
-                break
-            save()
-            shown_at, shown_step = time.perf_counter(), step
-            if s.patience and progress["since_best"] >= s.patience:
-                say(f"stopping: no better validation loss in {s.patience} evaluations, since {progress['best_step']:,}")
-                return
-        if step >= s.max_iters:
-            say(
-                f"done: {step:,} steps in {progress['seconds'] / 60:.1f} minutes, best validation loss "
-                f"{progress['best_val_loss']:.4f} at step {progress['best_step']:,}\n"
-                f"sample: python sample.py --model={out_dir}"
-            )
-            return
-
-        lr = learning_rate_at(step, s, progress["lr_decay_iters"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        before = time.perf_counter()
-        loss = first_step(step) if first else accumulate(step)
-        scaler.unscale_(optimizer)
-        limit = s.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        # one small exchange a step: the mean loss of all processes, and whether any was asked to stop
-        shared = torch.stack((loss / world, torch.tensor(float(bool(asked_to_stop)), device=device)))
-        if world > 1:
-            dist.all_reduce(shared)
-        loss, stopping, norm = float(shared[0]), bool(shared[1]), float(norm)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite or (scaler.is_enabled() and math.isfinite(loss)):  # an overflow of float16 is the scaler's to handle
-            scaler.step(optimizer)
-            scaler.update()
-            bad_steps = 0
-            recent = progress["recent_loss"]
-            progress["recent_loss"] = loss if recent is None else 0.9 * recent + 0.1 * loss
-        else:
-            scaler.update()
-            bad_steps += 1
-            progress["skipped"] += 1
-            say(f"!! step {step}: loss {loss}, gradient norm {norm}; skipped ({progress['skipped']} so far)")
-            if bad_steps == 5:
-                raise UserError(
-                    f"five steps in a row without a finite loss or gradient. {out_dir} still holds the last good "
-                    "checkpoint; go on from it with a lower --learning_rate and --accept_changes=learning_rate."
-                )
-        optimizer.zero_grad(set_to_none=True)
-        progress["step"] = step + 1
-        progress["seconds"] += time.perf_counter() - before
-        if first:
-            progress["compile"] = compiled
-            if compiled:
-                say(f"         first step, with compiling: {time.perf_counter() - before:.0f} s")
-
-        if (step + 1) % s.log_interval == 0:
-            # the first step compiles and warms up, so it says nothing about speed; it is left out of the average too
-            each = (time.perf_counter() - shown_at) / (step + 1 - shown_step) if step + 1 > shown_step else None
-            rate = step_tokens / each if each and not first else None
-            mfu = rate * token_flops / (peak * world) if rate and peak else None
-            line = f"step {step + 1:>6} | loss {loss:.4f} | lr {lr:.2e} | grad {norm:.2f}"
-            if rate:
-                eta = int((s.max_iters - step - 1) * each)
-                line += f" | {1000 * each:,.0f} ms | {rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'}"
-                line += f" | eta {eta // 60}m{eta % 60:02d}s"
-            say(line)
-            if master:
-                log.write(
-                    step=step + 1, tokens=(step + 1) * step_tokens, loss=loss, lr=lr, grad_norm=norm,
-                    tok_per_s=rate and round(rate, 1), mfu=mfu and round(mfu, 4), seconds=round(progress["seconds"], 1),
-                )  # fmt: skip
-        if first or (step + 1) % s.log_interval == 0:
-            shown_at, shown_step = time.perf_counter(), step + 1
-        first = False
-        if stopping:
-            break
-    save()
-    say(f"stopped at step {progress['step']:,}, saved. Go on with: {again}")
-
-
-def copy_tokenizer(folder: Path, source_dir: Path | None, out_dir: Path, eos_token: str, context: int):
-    """tokenizer.json as it is; tokenizer_config.json (and chat template) of the model fine-tuned from, or our own."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with atomic(out_dir / "tokenizer.json") as temporary:
-        shutil.copyfile(folder / "tokenizer.json", temporary)
-    settings = prepare.tokenizer_config(eos_token, context)
-    if source_dir and (source_dir / "tokenizer_config.json").is_file():
-        # the class they name may be GPT2Tokenizer, under which transformers 5 forgets to split digits
-        theirs = read_json(source_dir / "tokenizer_config.json")
-        settings = theirs | {"tokenizer_class": settings["tokenizer_class"]}
-    write_json(out_dir / "tokenizer_config.json", settings)
-    if source_dir and (source_dir / "chat_template.jinja").is_file():
-        shutil.copyfile(source_dir / "chat_template.jinja", out_dir / "chat_template.jinja")
+            print(f"!! {self.path} could not be written ({error}); training goes on")
 
 
 if __name__ == "__main__":
-    guard(main, ModelError, OSError)
+    guard(main, OSError)

@@ -1,11 +1,12 @@
 """
-Settings: how every script takes its defaults, recipe files and flags. The other files of this folder are the recipes.
+How every script gets its settings: defaults, recipe files, flags. The other files of this folder are the recipes.
 
     python train.py config/tiny_shakespeare.py --max_iters=500 --learning_rate=1e-3
 
-A script keeps its defaults in a dataclass called Settings, one per line, the comment beside each being its help.
-Positional arguments are recipes, Python files of plain assignments, run in a namespace of their own; then come the
-flags. The later wins. Whatever does not fit is listed, all of it at once, and nothing is started.
+A script keeps its defaults in a dataclass called Settings, one per line, with a comment that --help prints. Positional
+arguments are recipes: Python files of plain assignments, each run in a namespace of its own. Flags come after all the
+recipes, and of two values for one setting the later wins. Unknown settings and wrong types are reported all at once,
+with exit code 2, and nothing is started.
 """
 
 import ast
@@ -20,36 +21,37 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake of the user's: what was given, what was expected, and the command that mends it, in a line or two."""
+    """The user's mistake, in a line or two: what was given, what was expected, and what to do. guard() prints it."""
 
 
 def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str | None = None) -> list:
-    """Instances of the Settings classes with recipes and flags applied; prints help or problems and exits otherwise.
+    """An instance of each Settings class, with the recipes and flags of argv applied. With --help among them it prints
+    the help and exits with 0; where anything is wrong it prints all of it and exits with 2.
 
-    A recipe serves several scripts: train.py hands in its own Settings and prepare.py's, and prepare.py, which must
-    not import train.py, names it in `shared_with`: that script's keys are then accepted, unused, in recipes.
+    One recipe may serve several scripts. train.py passes its own Settings and prepare.py's. prepare.py must not import
+    train.py, so it passes that script's path as `shared_with`: its keys are then accepted in recipes, and ignored.
     """
     if any(arg in ("-h", "--help", "help") for arg in argv):
         print(doc.strip() + "\n\nsettings, with their defaults:\n" + "\n".join(map(describe, Settings)))
         raise SystemExit(0)
     known = {f.name: f for cls in Settings for f in fields(cls)}
-    elsewhere = documented_settings(shared_with) if shared_with else {}
+    other_keys = documented_settings(shared_with) if shared_with else {}
     problems, chosen = [], {}
 
-    def take(key, value, source, extra=()):
+    def take(key, value, source, ignored=()):
         if key in known:
             try:
                 chosen[key] = convert(value, known[key])
             except ValueError as error:
                 problems.append(f"{source}: {error}")
-        elif key not in extra:
-            near = difflib.get_close_matches(key, [*known, *extra], n=1)
+        elif key not in ignored:
+            near = difflib.get_close_matches(key, [*known, *ignored], n=1)
             problems.append(f"{source}: no such setting." + (f" Did you mean {near[0]}?" if near else ""))
 
-    for arg in argv:  # recipes first, wherever they stand, then the flags
+    for arg in argv:  # the recipes first, wherever they are among the flags
         if not arg.startswith("-"):
             for key, value in read_recipe(arg, problems).items():
-                take(key, value, f"{arg}: {key}", elsewhere)
+                take(key, value, f"{arg}: {key}", other_keys)
     for arg in argv:
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
@@ -68,9 +70,9 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
 
 def convert(value, field):
     """`value`, from a recipe or the text of a flag, as the type of the field; ValueError says what was expected."""
-    kinds = [t for t in (typing.get_args(field.type) or (field.type,)) if t is not types.NoneType]
-    optional = len(kinds) < len(typing.get_args(field.type))
-    kind = kinds[0]
+    alternatives = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of an `int | None`
+    optional = types.NoneType in alternatives
+    kind = next(t for t in alternatives if t is not types.NoneType)
     if optional and (value is None or str(value).lower() in ("none", "")):
         return None
     if isinstance(value, str) and kind is not str:  # a flag
@@ -90,7 +92,8 @@ def convert(value, field):
 
 
 def read_recipe(path: str, problems: list[str]) -> dict:
-    """The assignments of a recipe. Names that start with an underscore are its own, for arithmetic; so are imports."""
+    """The assignments of a recipe, but for imports and names that start with an underscore: those are for its own
+    arithmetic. What is wrong with the file is appended to `problems`."""
     if not Path(path).is_file():
         hint = "recipes are files such as config/tiny_shakespeare.py; settings are written --key=value"
         problems.append(f"{path}: no such file ({hint}).")
@@ -104,7 +107,7 @@ def read_recipe(path: str, problems: list[str]) -> dict:
 
 
 def documented_settings(script: str) -> dict[str, str]:
-    """Name and comment of every setting in a script's Settings, read from its text so that nothing is imported."""
+    """Name and comment of every setting in a script's Settings, read from its source text without importing it."""
     lines = Path(script).read_text(encoding="utf-8").splitlines()
     tree = ast.parse("\n".join(lines))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
@@ -112,7 +115,7 @@ def documented_settings(script: str) -> dict[str, str]:
     for node in body:
         if isinstance(node, ast.AnnAssign):
             comments = [lines[node.end_lineno - 1].partition("  # ")[2]]
-            for line in lines[node.end_lineno :]:  # a comment may go on, indented, on the lines below
+            for line in lines[node.end_lineno :]:  # a comment may continue, indented, on the lines below
                 more = re.fullmatch(r"\s+#\s{3,}(\S.*)", line)
                 if not more:
                     break
@@ -122,6 +125,7 @@ def documented_settings(script: str) -> dict[str, str]:
 
 
 def describe(Settings: type) -> str:
+    """The settings of a class for --help, one per line: flag, default, comment."""
     comments = documented_settings(sys.modules[Settings.__module__].__file__)
     rows = []
     for f in fields(Settings):
@@ -131,7 +135,8 @@ def describe(Settings: type) -> str:
 
 
 def guard(main, *expected: type[Exception]):
-    """Run a script's main(); a UserError (or one of `expected`) ends it with its message and exit code 1."""
+    """Run a script's main(). A UserError, or one of `expected`, is printed without a traceback, and the exit code is 1;
+    after Ctrl-C it is 130."""
     try:
         main()
     except (UserError, *expected) as error:
@@ -140,6 +145,6 @@ def guard(main, *expected: type[Exception]):
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `python sample.py | head` is no error
+    except BrokenPipeError:  # the reader of our output ended first, as in `python sample.py | head`: not an error
         sys.stderr.close()
         raise SystemExit(0) from None

@@ -27,7 +27,7 @@ TEXT = (ROOT / "data/shakespeare/play.txt").read_text(encoding="utf-8")[:30000]
 
 @pytest.fixture(autouse=True)
 def fresh_torch_state():
-    """A fixed seed and the default dtype for every test, whatever the one before it did."""
+    """A fixed seed and the default dtype for every test, whatever the test before it changed."""
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
@@ -43,8 +43,9 @@ def tiny_hf(seed: int = 0, **changes):
 
 def save_hf_directory(path, hf=None, **save_arguments) -> Path:
     """A complete directory as transformers writes it, plus a 512-token tokenizer; returns the path."""
-    from model import write_json
-    from prepare import tokenizer_config, train_bpe
+    from checkpoint import tokenizer_config
+    from files import write_json
+    from prepare import train_bpe
 
     hf = hf or tiny_hf()
     path = Path(path)
@@ -56,12 +57,13 @@ def save_hf_directory(path, hf=None, **save_arguments) -> Path:
 
 @pytest.fixture
 def hf_directory(tmp_path) -> Path:
-    """A directory with a tiny random tied model in fp32, made by transformers, and its tokenizer."""
+    """A directory with a tiny random model in fp32, its head tied, made by transformers, and its tokenizer."""
     return save_hf_directory(tmp_path / "model")
 
 
 def run_script(*arguments, cwd=ROOT, timeout=120, **environment) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` as a user would and return what it printed. The script is looked up in the repository."""
+    """Run `python SCRIPT ...` as a user would; returns the exit code and what it printed. SCRIPT is a path inside the
+    repository, whatever the working directory is."""
     script, *rest = map(str, arguments)
     return subprocess.run(
         [sys.executable, str(ROOT / script), *rest],

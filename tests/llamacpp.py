@@ -1,6 +1,6 @@
 """
-llama.cpp on a GGUF file, for the tests: what it tokenizes, generates and thinks likely. Through the xllamacpp wheel,
-which runs llama.cpp's own HTTP server inside this process, on 127.0.0.1 and a free port.
+llama.cpp on a GGUF file, for the tests: its tokens, its text and its probabilities. It runs through the xllamacpp
+wheel, as llama.cpp's own HTTP server inside this process, on 127.0.0.1 and a free port.
 
     llama = LlamaCpp("out/smol_shakespeare/smol_shakespeare-f32.gguf")
     llama.greedy(llama.tokenize("ROMEO:"), 20)
@@ -16,8 +16,8 @@ class LlamaCpp:
     def __init__(self, file, context: int = 0, threads: int = 1, exact: bool = True):
         """Load `file`; RuntimeError if llama.cpp refuses it. context 0 is the model's own.
 
-        exact turns off its flash attention and keeps the cache in fp32: both cost about 1e-3 nats a token, without
-        them it is 1e-6. One thread: a tiny model gains nothing from a second, and beside torch's own loses a lot.
+        exact turns flash attention off and keeps the cache in fp32: log-probabilities are then right to 1e-6 nats a
+        token instead of 1e-3. One thread: a tiny model gains nothing from a second, and loses a lot beside torch's.
         """
         p = xllamacpp.CommonParams()
         p.model.path = str(file)
@@ -26,14 +26,14 @@ class LlamaCpp:
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
         p.n_gpu_layers = 0
         p.warmup = False
-        p.fit_params = False  # or it measures the machine and may choose a shorter context
+        p.fit_params = False  # otherwise it measures the machine's memory and may choose a shorter context
         p.cache_ram_mib = 0
         p.verbosity = 0
         if exact:
             p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
             p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self.server = xllamacpp.Server(p)
-        # An answer proves that its loop runs: a server dropped before that hangs in its destructor now and then.
+        # An answer shows that the server's loop runs. A server deleted before that hangs in its destructor sometimes.
         self.greedy([0], 1)
 
     def post(self, path: str, **body) -> dict:
@@ -44,7 +44,7 @@ class LlamaCpp:
             return json.loads(reply.read())
 
     def properties(self) -> dict:
-        """What it understood: chat_template, eos_token, bos_token, n_ctx and more."""
+        """What llama.cpp read from the file: chat_template, eos_token, bos_token, n_ctx and more."""
         return self.post("/props")
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
@@ -55,15 +55,16 @@ class LlamaCpp:
         return self.post("/detokenize", tokens=ids)["content"]
 
     def greedy(self, ids: list[int], n: int) -> list[int]:
-        """The n likeliest next ids, one after the other; fewer where the model ends the text."""
+        """Up to n next ids, each the likeliest; fewer where the model ends the text."""
         return self.post("/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True)["tokens"]
 
     def log_probabilities(self, ids: list[int], vocab_size: int, printable: int) -> list[float]:
-        """Of each id but the first, its log-probability after those before it, in nats, before any sampling filter.
+        """The log-probability of each id but the first after those before it, in nats, before any sampling filter.
 
-        The server tells the probabilities of what it generates, not of a prompt. So: one request a position, one token
-        generated, the log-probabilities of the whole vocabulary returned. The token chosen is forced to be
-        `printable`, the id of an ASCII character, because the server holds back tokens that end inside a character.
+        The server returns the probabilities of what it generates, not those of a prompt. So there is one request a
+        position: it generates one token and returns the log-probabilities of the whole vocabulary. The token is forced
+        to be `printable`, the id of an ASCII character, because the server holds back tokens that end inside a
+        character.
         """
         found = []
         for n in range(1, len(ids)):

@@ -1,5 +1,5 @@
-"""A playground on made-up runs, for test_app.py and test_app_browser.py: served in this process, so that tests can slow
-its generation down and count tokens."""
+"""A playground on made-up runs, for test_app.py and test_app_browser.py. It is served in the tests' own process, so
+that they can slow its generation down and count tokens."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from pathlib import Path
 from conftest import save_hf_directory, tiny_hf
 
 import app
-from model import SmolLM2
-from sample import file_sha256
+from checkpoint import from_pretrained, save_pretrained
+from files import file_sha256
 
 LOG = [
     dict(step=s, tokens=64 * s, loss=2 + 4 * math.exp(-s / 90), lr=1e-3 / (1 + s), tok_per_s=900.0 + s)
@@ -31,7 +31,7 @@ def make_run(path: Path, seed: int = 0, step: int = 200, evaluated: bool = True)
     save_hf_directory(path, tiny_hf(seed))
     facts = dict(step=str(step), tokenizer_sha256=file_sha256(path / "tokenizer.json"))
     facts |= dict(val_loss="3.0", val_bpb="1.5") if evaluated else dict(untrained="true")
-    SmolLM2.from_pretrained(path).save_pretrained(path, facts)
+    save_pretrained(from_pretrained(path), path, facts)
     rows = sorted(LOG + EVALS + SAMPLES, key=lambda row: row["step"])
     (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -57,7 +57,7 @@ def serving(root: Path, model: str = "", **arguments):
 
 
 class SlowGenerate:
-    """Stands in for app.generate: tokens of its making, `pause` seconds each, counted, to the full length."""
+    """Takes the place of app.generate: the same tokens, `pause` seconds each, counted, and always the full length."""
 
     def __init__(self, pause: float):
         self.pause, self.generate = pause, app.generate

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-pytest.importorskip("gradio", reason="the playground wants gradio: pip install -r requirements.txt")
+pytest.importorskip("gradio", reason="the playground needs gradio: pip install -r requirements.txt")
 import gradio as gr  # noqa: E402
 import httpx  # noqa: E402
 import torch  # noqa: E402
@@ -21,9 +21,11 @@ from gradio_client.utils import Status  # noqa: E402
 from playground import SlowGenerate, make_run, serving  # noqa: E402
 
 import app  # noqa: E402
+from checkpoint import load  # noqa: E402
 from config import UserError, guard  # noqa: E402
-from model import ModelError  # noqa: E402
-from sample import generate, load  # noqa: E402
+from sample import generate  # noqa: E402
+
+DEFAULTS = {name: default for name, (_, _, default, *_) in app.KNOBS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def ask(client: Client, prompt: str = "MARA:", n: int = 40, seed: int = 5, **mor
 
 
 def test_text_streams_and_is_what_sample_py_makes(runs, client):
-    """A page that waits for the whole text, or samples by rules of its own, is not this project's playground."""
+    """The page must stream, and must sample by the same rules as sample.py."""
     pieces = list(ask(client, model="out/a"))
     assert len(pieces) > 10
     assert all(b.startswith(a) for a, b in zip(pieces, pieces[1:]))
@@ -97,7 +99,7 @@ def test_cancel_ends_the_computation_within_two_tokens(client, slow):
     at = counted.tokens
     assert counted.ended.wait(5), "the generator was never closed"
     assert counted.tokens <= at + 2
-    time.sleep(0.5)  # ten tokens' time: had it gone on unseen, it would show
+    time.sleep(0.5)  # ten tokens' time: a computation that went on would show
     assert counted.tokens <= at + 2
     ask(client, n=12).result()  # and the queue goes on
     assert counted.tokens > at + 2
@@ -172,7 +174,7 @@ def test_every_number_is_clamped(name):
 
 
 def test_the_api_clamps(client, slow):
-    """The clamp is on the way of every request, not beside it."""
+    """Every request passes through clamp()."""
     counted = slow(0)
     job = client.submit(
         "MARA:", max_new_tokens=10**9, temperature=-3, top_k=-1, top_p=0, min_p=7, repetition_penalty=0, seed=-4,
@@ -237,18 +239,18 @@ def test_a_model_that_goes_or_changes_is_noticed(tmp_path):
 
 
 def test_no_model_at_all(tmp_path):
-    """It opens, says what to run, and never answers with random weights."""
+    """The page opens, shows what to run, and never answers with random weights."""
     with serving(tmp_path) as (url, _, models):
         with pytest.raises(AppError, match="python train.py"):
             ask(Client(url, verbose=False)).result()
-        line, card = app.facts(models, "", False)
+        line, card = app.model_html(models, "", False)
         assert "python train.py" in line and "python train.py" in card
-        make_run(tmp_path / "out" / "late")  # and takes up what is trained meanwhile
+        make_run(tmp_path / "out" / "late")  # a run that is trained meanwhile is found
         assert ask(Client(url, verbose=False)).result()
 
 
 def test_int8_is_another_model(served, client, monkeypatch):
-    """The switch must reach the loader, and not change the full-precision model that others use."""
+    """The checkbox must reach the loader, and not change the full-precision model that others use."""
     assert served[2].get("out/a", True)[0].dtype != served[2].get("out/a", False)[0].dtype
     kinds = []
     token = torch.tensor([0]), torch.zeros(1, 512)
@@ -272,16 +274,16 @@ def test_at_most_two_models_stay_in_memory(runs, served):
 
 def written(runs, prompt="MARA:", **numbers) -> app.Record:
     models, record = app.Models(str(runs / "out/a"), "cpu", None), app.Record()
-    numbers = {key: knob[2] for key, knob in app.KNOBS.items()} | dict(seed=5) | numbers
-    for _ in app.write(models, record, models.given, False, prompt, **numbers):
+    numbers = DEFAULTS | dict(seed=5) | numbers
+    for _ in app.write(models, record, models.extra, False, prompt, **numbers):
         pass
     return record
 
 
 def test_record_holds_the_models_own_probabilities(runs):
-    """See inside must show what the model thought, not what temperature and top-k made of it."""
+    """See inside must show the model's own probabilities, before temperature and top-k."""
     greedy, wild = written(runs, temperature=0.0), written(runs, temperature=2.0, top_k=1)
-    assert [t.others for t in greedy.tokens] == [t.others for t in wild.tokens]  # the same text, so the same thoughts
+    assert [t.others for t in greedy.tokens] == [t.others for t in wild.tokens]  # equal, since the texts are equal
     for token in greedy.tokens:
         assert token.p == pytest.approx(token.others[0][1])  # greedy takes the first choice
         assert [p for _, p in token.others] == sorted((p for _, p in token.others), reverse=True)
@@ -300,14 +302,14 @@ def test_why_it_stopped(runs, monkeypatch):
         monkeypatch.setattr(app, "generate", yields(*ids))
         record = written(runs, max_new_tokens=2)
         assert record.why == why
-        assert ("[end of text]" in app.inside(record)) == (ids[-1] == 0)
+        assert ("[end of text]" in app.tokens_html(record)) == (ids[-1] == 0)
 
 
 def test_stopped_record_makes_no_more_tokens(runs):
     """The Stop button sets this flag; the writer must look at it before each token."""
     models, record = app.Models(str(runs / "out/a"), "cpu", None), app.Record()
-    numbers = {key: knob[2] for key, knob in app.KNOBS.items()} | dict(seed=5)
-    for n, _ in enumerate(app.write(models, record, models.given, False, "MARA:", **numbers), 1):
+    numbers = DEFAULTS | dict(seed=5)
+    for n, _ in enumerate(app.write(models, record, models.extra, False, "MARA:", **numbers), 1):
         record.stopped = n == 3
     assert len(record.tokens) == 3
     assert record.why == "you stopped it"
@@ -318,17 +320,18 @@ def test_text_of_others_is_escaped(runs):
     record = written(runs, prompt="<script>alert(1)</script>")
     record.tokens[0].text = record.tokens[0].others[0] = "<img src=x onerror=alert(2)>"
     record.tokens[0].others[0] = ("<img src=x onerror='alert(3)'>\"", 0.5)
-    for shown in (app.page(record), app.inside(record), app.summary(record), app.bad("<i>no</i>")):
+    for shown in (app.text_html(record), app.tokens_html(record), app.facts_html(record), app.error_html("<i>no</i>")):
         for tag in ("<script", "<img", "<i>"):
             assert tag not in shown
-    assert "&lt;script" in app.page(record)
-    assert app.page(record).count('"') % 2 == app.inside(record).count('"') % 2 == 0  # no attribute was broken out of
+    assert "&lt;script" in app.text_html(record)
+    for shown in (app.text_html(record), app.tokens_html(record)):
+        assert shown.count('"') % 2 == 0  # no quote in the text has ended an attribute
 
 
 def test_model_card_is_read_from_the_files(runs, tmp_path):
-    """Nothing on the Model tab is written by hand: other files, other numbers."""
+    """Nothing on the Model tab is written by hand: the numbers come from the files."""
     models = app.Models(str(runs / "out/a"), "cpu", None)
-    line, card = app.facts(models, models.given, False)
+    line, card = app.model_html(models, models.extra, False)
     model, _ = load(runs / "out/a")
     assert f"{model.num_parameters()['total']:,}" in card
     assert "step 200" in line and "1.500 bits per byte" in line and "1.500 bits per byte" in card
@@ -347,7 +350,7 @@ def test_training_reads_a_log_that_is_being_written(runs, tmp_path):
     shutil.copytree(runs / "out" / "a", folder)
     with open(folder / "log.jsonl", "a", encoding="utf-8") as f:
         f.write('{"step": 300, "loss": NaN, "lr": 0.1}\n[1]\n{"step": 310, "lo')
-    line, loss, lr, rate, samples = app.training(str(folder))
+    line, loss, lr, rate, samples = app.training_view(str(folder))
     assert "best at step 200" in line and "step 300" in line
     assert loss.groupby("curve").size().to_dict() == {"training": 30, "validation": 4, "best": 2}
     assert set(loss[loss.curve == "best"].step) == {200}
@@ -368,6 +371,7 @@ def test_long_curves_are_thinned():
 # serving
 
 
+@pytest.mark.slow
 def test_import_has_no_side_effects():
     """`import app` must not load a model, open a port or look up a host."""
     code = (
@@ -423,11 +427,12 @@ def test_only_generate_is_public(client):
     assert list(named) == ["/generate"]
     assert [p["parameter_name"] for p in named["/generate"]["parameters"]] == ["prompt", *app.KNOBS, "model", "int8"]
     defaults = {p["parameter_name"]: p["parameter_default"] for p in named["/generate"]["parameters"][1:8]}
-    assert defaults == {key: knob[2] for key, knob in app.KNOBS.items()}
+    assert defaults == DEFAULTS
 
 
-def test_a_taken_port_is_said_so(tmp_path):
-    """The usual mistake is a second playground; it must name the way out and not move to another port unasked."""
+@pytest.mark.slow
+def test_a_taken_port_is_reported(tmp_path):
+    """The usual mistake is a second playground: the message must name the remedy; no other port is taken unasked."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -452,6 +457,6 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(sys, "argv", ["app.py", flag])
         with pytest.raises(SystemExit) as end:
-            guard(app.main, ModelError)
+            guard(app.main)
         assert end.value.code == 1
         assert said in capsys.readouterr().err

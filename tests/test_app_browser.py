@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-pytest.importorskip("gradio", reason="the playground wants gradio: pip install -r requirements.txt")
+pytest.importorskip("gradio", reason="the playground needs gradio: pip install -r requirements.txt")
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt brings playwright")
 
 from playground import SlowGenerate, make_run, serving  # noqa: E402
@@ -43,7 +43,7 @@ def url(root):
 
 
 class Watched:
-    """What a page says on its console and whom it asks for what."""
+    """The errors on a page's console, and the addresses it requests."""
 
     def __init__(self, page):
         self.errors, self.requests = [], []
@@ -60,7 +60,7 @@ class Watched:
 
 @pytest.fixture
 def visit(browser, url):
-    """visit() opens the page in a window of its own, ready to be used; visit.watched is what it said and asked for."""
+    """visit() opens the page in a window of its own, ready to be used; visit.watched is the Watched of the last one."""
     contexts = []
 
     def visit(width=1180, height=860, scheme="light", address=url):
@@ -80,6 +80,8 @@ def visit(browser, url):
 
 @pytest.fixture
 def slow(monkeypatch):
+    """slow(0.05) makes every token take that long and counts them."""
+
     def start(pause):
         stand_in = SlowGenerate(pause)
         monkeypatch.setattr(app, "generate", stand_in)
@@ -102,7 +104,7 @@ def open_tab(page, name):
 
 
 def test_write_and_look_inside(visit, url):
-    """The way of every first visitor: type, Enter, read, and see what else the model had in mind."""
+    """What every first visitor does: type, press Enter, read, and see which other tokens were likely."""
     page = visit()
     send(page)
     finished(page)
@@ -127,6 +129,7 @@ def test_write_and_look_inside(visit, url):
     assert visit.watched.outside(url) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_other_hosts(visit, url):
     """Fonts, scripts, analytics: every tab, and the page about the API, come from this machine alone."""
     page = visit()
@@ -157,8 +160,9 @@ def test_text_streams(visit, slow):
     finished(page)
 
 
+@pytest.mark.slow
 def test_stop_ends_the_computation_within_two_tokens(visit, slow):
-    """Stop must stop the machine, keep the text, say so, and leave a page that works."""
+    """Stop must end the computation, keep the text, show that it was stopped, and leave a page that works."""
     counted = slow(0.15)
     page = visit()
     send(page)
@@ -177,8 +181,9 @@ def test_stop_ends_the_computation_within_two_tokens(visit, slow):
     assert page.locator("#text .prompt").inner_text() == "The Duke"
 
 
+@pytest.mark.slow
 def test_a_closed_tab_ends_the_computation_within_two_tokens(visit, slow):
-    """Nobody reads on; the next visitor in the queue should not wait for it."""
+    """Nobody reads the text any more; the next visitor in the queue should not wait for it."""
     counted = slow(0.25)
     page = visit()
     send(page)
@@ -189,8 +194,9 @@ def test_a_closed_tab_ends_the_computation_within_two_tokens(visit, slow):
     assert counted.tokens <= at + 2
 
 
+@pytest.mark.slow
 def test_a_second_visitor_sees_the_queue(visit, slow):
-    """Waiting without a word looks like a fault; the two texts must not mix either."""
+    """A visitor who waits must see the place in the queue; the two texts must not mix either."""
     counted = slow(0.05)
     first, second = visit(), visit()
     send(first, "MARA:")
@@ -205,8 +211,9 @@ def test_a_second_visitor_sees_the_queue(visit, slow):
     assert second.locator("#text .prompt").inner_text() == "The Duke"
 
 
+@pytest.mark.slow
 def test_stop_while_waiting_leaves_the_queue(visit, slow):
-    """Who gives up waiting must not be served later."""
+    """A visitor who stops while waiting must not be served later."""
     counted = slow(0.05)
     first, second = visit(), visit()
     send(first)
@@ -222,6 +229,7 @@ def test_stop_while_waiting_leaves_the_queue(visit, slow):
     assert len(counted.calls) == 1
 
 
+@pytest.mark.slow
 def test_clear(visit):
     """Clear leaves the page as it was at first."""
     page = visit()
@@ -234,6 +242,7 @@ def test_clear(visit):
     assert page.locator("#inside [data-t]").count() == 0
 
 
+@pytest.mark.slow
 def test_compare(visit):
     """Two models, one prompt and seed; different weights, different texts."""
     page = visit()
@@ -254,6 +263,7 @@ def points_of(page):
     return sum(len(re.findall(r"[ML]", d)) for d in paths)
 
 
+@pytest.mark.slow
 def test_training_is_drawn_and_follows_the_run(visit, root, url):
     """The curves come from log.jsonl, and again when a line is added."""
     page = visit()
@@ -286,6 +296,7 @@ def test_model_tab_and_choice(visit):
     page.locator(".card td", has_text="int8 on cpu").wait_for()
 
 
+@pytest.mark.slow
 def test_a_new_run_appears_and_a_deleted_one_says_so(visit, root):
     """The page may be open for days while runs come and go."""
     page = visit()
@@ -309,6 +320,7 @@ def test_a_new_run_appears_and_a_deleted_one_says_so(visit, root):
     page.locator("#text .prompt", has_text="The Duke").wait_for()  # it goes on working
 
 
+@pytest.mark.slow
 def test_keyboard_only(visit):
     """Everything on the way to a text can be reached and seen without a mouse."""
     page = visit()
@@ -330,6 +342,7 @@ def test_keyboard_only(visit):
     assert page.locator("#inside .t.here").count() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(visit, scheme):
     """On 360 pixels nothing sticks out, the settings are closed but there, and small print can be read."""
@@ -355,8 +368,9 @@ def test_a_phone(visit, scheme):
         assert page.evaluate(contrast, selector) >= 4.5, selector  # WCAG AA
 
 
+@pytest.mark.slow
 def test_no_model_yet(visit, tmp_path):
-    """A fresh checkout: the page opens and says what to run."""
+    """A fresh checkout: the page opens and shows what to run."""
     with serving(tmp_path) as (address, _, _):
         page = visit(address=address)
         assert "python train.py config/tiny_shakespeare.py" in page.locator(".status").first.inner_text()

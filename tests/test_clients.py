@@ -1,4 +1,4 @@
-"""The tools that people deploy and fine-tune with, on a run of ours: transformers' pipeline and Trainer, and peft."""
+"""What people deploy and fine-tune with, on a run made by train.py: transformers' pipeline and Trainer, and peft."""
 
 import shutil
 
@@ -7,13 +7,15 @@ import torch
 from conftest import run_script
 from trained import copy_of_run
 
-from model import read_json, write_json
-from sample import generate, load
+from checkpoint import load
+from files import read_json, write_json
+from sample import generate
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements.txt)")
+pytestmark = pytest.mark.slow  # each of them needs a trained run
 
 PROMPTS = ("EVANDER:\nI", "The", "12 ships", "\n")
-NEW_TEXT = "".join(  # not what the run was trained on, and soon learnt
+NEW_TEXT = "".join(  # unlike what the run was trained on, and soon learnt
     f"{name}:\nWhat news {when}, and {n} ships {where}?\n\n"
     for n, name in enumerate(("MARA", "OLD TAM", "The Duke", "First Sailor", "BRINE", "Josse") * 8)
     for when, where in (("tonight", "in the harbour"), ("of the king", "beyond the reef"))
@@ -31,7 +33,7 @@ def ours(path, prompt: str, n: int) -> list[int]:
 
 
 def rows(path, size: int = 32) -> torch.Tensor:
-    """NEW_TEXT in rows of `size` tokens: what the clients fine-tune on."""
+    """NEW_TEXT in rows of `size` tokens, (rows, size): what the clients fine-tune on."""
     _, tokenizer = load(path)
     ids = torch.tensor(tokenizer.encode(NEW_TEXT).ids)
     return ids[: len(ids) // size * size].view(-1, size)
@@ -44,8 +46,8 @@ def loss_of(path, data) -> float:
 
 
 def test_pipeline_writes_the_same_text(run):
-    """pipeline("text-generation", model=DIR), with nothing else said, finds model and tokenizer and writes greedily
-    what sample.py writes. With the usual RoPE base in config.json it must not, or this test would not see a fault."""
+    """pipeline("text-generation", model=DIR), with no other setting, finds model and tokenizer and writes greedily what
+    sample.py writes. Negative control: with another RoPE base in config.json it must not."""
     pipe = transformers.pipeline("text-generation", model=str(run), device="cpu")
 
     def differing(pipe):
@@ -54,7 +56,7 @@ def test_pipeline_writes_the_same_text(run):
             reply = pipe(prompt, max_new_tokens=24, do_sample=False, return_tensors=True)
             prompt_ids = load(run)[1].encode(prompt).ids
             ids = reply[0]["generated_token_ids"]
-            assert ids[: len(prompt_ids)] == prompt_ids, "the prompt itself is tokenized otherwise"
+            assert ids[: len(prompt_ids)] == prompt_ids, "the prompt itself has other tokens"
             found += ids[len(prompt_ids) :] != ours(run, prompt, 24)
         return found
 
@@ -69,8 +71,8 @@ def test_pipeline_writes_the_same_text(run):
 
 
 def test_lora_learns_and_merges_back(run):
-    """peft: a LoRA on all projections lowers the loss on new text; merged and saved, load() reads it, with the very
-    loss that peft had. The base itself must not have changed."""
+    """peft: a LoRA on all projections lowers the loss on new text; load() reads the merged and saved model, and gives
+    the loss that peft had. The run itself must not have changed."""
     peft = pytest.importorskip("peft", reason="peft is not installed (requirements-dev.txt)")
     data = rows(run)
     before = loss_of(run, data)

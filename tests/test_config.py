@@ -1,4 +1,4 @@
-"""config.override: recipes and flags, and everything that does not fit, reported at once with nothing started."""
+"""config.override: recipes and flags; unknown settings and wrong types are reported at once, with nothing started."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from conftest import ROOT, run_script
 import config
 import prepare
 import train
+from model import SmolLM2Config
 
 
 @dataclass
@@ -35,7 +36,7 @@ def test_flags_convert_to_the_type_of_the_default():
 
 
 def test_later_wins_and_recipes_come_before_flags(tmp_path):
-    """Two recipes in order, then flags wherever they stand; names with an underscore are the recipe's own."""
+    """Two recipes in order, then flags wherever they are; names with an underscore are the recipe's own."""
     (tmp_path / "a.py").write_text("steps = 1\nrate = 2\n_x = 3\nimport math\n")
     (tmp_path / "b.py").write_text("steps = 2\n")
     s = take("--name=z", str(tmp_path / "a.py"), str(tmp_path / "b.py"))
@@ -55,7 +56,7 @@ def test_later_wins_and_recipes_come_before_flags(tmp_path):
         ("no_such.py", "no such file"),
     ],
 )
-def test_what_does_not_fit_exits_2_and_says_why(argument, message, capsys):
+def test_a_wrong_setting_exits_2_and_says_why(argument, message, capsys):
     """A typo must never become a silent default."""
     with pytest.raises(SystemExit) as stop:
         take(argument)
@@ -74,6 +75,7 @@ def test_all_problems_of_recipe_and_flags_are_reported_at_once(tmp_path, capsys)
 
 
 def test_a_broken_recipe_is_named(tmp_path, capsys):
+    """A syntax error in a recipe is the user's mistake: a line, no traceback."""
     (tmp_path / "a.py").write_text("steps = \n")
     with pytest.raises(SystemExit):
         take(str(tmp_path / "a.py"))
@@ -88,6 +90,7 @@ def test_a_recipe_cannot_reach_the_scripts_globals(tmp_path):
 
 
 def test_help_lists_every_setting_with_its_comment(capsys):
+    """Comments that continue on the next line are printed whole."""
     with pytest.raises(SystemExit) as stop:
         config.override(["--help"], Settings, doc="what it does")
     out = capsys.readouterr().out
@@ -99,12 +102,12 @@ def test_help_lists_every_setting_with_its_comment(capsys):
 def test_every_setting_of_every_script_is_explained(script):
     """--help is made of the comments; a setting without one is a bare name. Architecture keys explain themselves."""
     for key, comment in config.documented_settings(str(ROOT / script)).items():
-        assert comment or key in train.SmolLM2Config.__dataclass_fields__, f"{script}: {key} has no comment"
+        assert comment or key in SmolLM2Config.__dataclass_fields__, f"{script}: {key} has no comment"
 
 
 @pytest.mark.parametrize("recipe", sorted(Path(ROOT, "config").glob("*.py")), ids=lambda p: p.name)
 def test_every_recipe_fits_both_scripts(recipe):
-    """A recipe is given to prepare.py and to train.py; neither may stumble over the other's keys."""
+    """A recipe is given to prepare.py and to train.py; neither may refuse the other's keys."""
     if recipe.name == "__init__.py":
         assert config.override([], prepare.Settings)
         return
@@ -115,7 +118,7 @@ def test_every_recipe_fits_both_scripts(recipe):
 
 
 def test_the_shared_keys_are_read_without_importing(tmp_path, capsys):
-    """prepare.py must know train.py's keys without importing torch's friend; an unknown one is still refused."""
+    """prepare.py must accept train.py's keys without importing it and torch; an unknown key is still refused."""
     (tmp_path / "a.py").write_text("learning_rate = 1e-3\nlerning_rate = 1\n")
     with pytest.raises(SystemExit):
         config.override([str(tmp_path / "a.py")], prepare.Settings, shared_with=str(ROOT / "train.py"))
@@ -123,6 +126,7 @@ def test_the_shared_keys_are_read_without_importing(tmp_path, capsys):
     assert "lerning_rate" in err and "Did you mean learning_rate?" in err and err.count("no such setting") == 1
 
 
+@pytest.mark.slow
 def test_the_scripts_report_unknown_keys_and_start_nothing(tmp_path):
     """As a user sees it: exit code 2, two lines, no traceback, no files."""
     for script in ("train.py", "prepare.py", "sample.py"):

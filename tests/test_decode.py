@@ -19,8 +19,11 @@ from conftest import TINY
 
 import decode
 import sample
+from checkpoint import config_from_dict
+from config import UserError
 from decode import Decoder
-from model import KVCache, ModelError, SmolLM2, SmolLM2Config, int8_rows
+from model import KVCache, SmolLM2
+from quantize import int8_rows, quantize
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="decode.c needs a C compiler (cc, gcc or clang)"
@@ -31,7 +34,7 @@ IDS = torch.randint(3, 512, (1, 40), generator=torch.Generator().manual_seed(1))
 def pair(kind: str, **changes):
     """The model in `kind`, and in fp32 a model of exactly the same, already rounded, weights."""
     torch.manual_seed(0)
-    model = SmolLM2(SmolLM2Config.from_dict({"model_type": "llama"} | TINY | changes)).eval()
+    model = SmolLM2(config_from_dict({"model_type": "llama"} | TINY | changes)).eval()
     exact = copy.deepcopy(model)
     with torch.no_grad():
         for p in exact.parameters():
@@ -42,7 +45,7 @@ def pair(kind: str, **changes):
                 p.copy_(q.float() * scale.float()[:, None])
     if kind != "float32":
         model.to(torch.bfloat16)
-    return (model.quantize() if kind == "int8" else model), exact
+    return (quantize(model) if kind == "int8" else model), exact
 
 
 def decoded(model, ids=IDS, start: int = 0, cache=None):
@@ -146,7 +149,7 @@ def test_a_changed_model_is_noticed(hf_directory):
     """Whoever changes the forward pass in model.py must not be answered by the old one in decode.c."""
     model, _ = sample.load(hf_directory)
     model.layers[1].mlp.forward = lambda x: x * 0
-    with pytest.raises(ModelError, match="decode.c and model.py disagree"):
+    with pytest.raises(UserError, match="decode.c and model.py disagree"):
         list(sample.generate(model, [5, 6, 7], 3, temperature=0))
     assert len(list(sample.generate(model, [5, 6, 7], 3, temperature=0, stop_ids=[], use_c=False))) == 3
 
@@ -203,6 +206,7 @@ def first_load(source):
     decode.library()
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_and_two_at_a_time_do_not_meet(elsewhere):
     """Four processes at once on an empty folder all load it, and leave one file; a changed source is another file."""
     context = multiprocessing.get_context("spawn")
@@ -242,6 +246,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(elsewhere):
     assert not (elsewhere / "__pycache__").exists()
 
 
+@pytest.mark.slow
 def test_no_sanitizer_complains(elsewhere, tmp_path):
     """Reads and writes stay inside the tensors: a process of its own runs under the address sanitizer, on a shape whose
     sizes divide by nothing."""

@@ -1,4 +1,4 @@
-"""export_gguf.py: is the file what it should be, and does llama.cpp, reading it, think what our model thinks?"""
+"""export_gguf.py: the file holds the model, and llama.cpp computes the same text and probabilities from it."""
 
 import json
 import math
@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT, TINY, run_script, save_hf_directory, tiny_hf
 from trained import PLAY, copy_of_run
 
+from checkpoint import load, save_pretrained
 from config import UserError
-from model import ModelError, read_json, write_json
+from files import read_json, write_json
 from prepare import train_bpe
-from sample import generate, load
+from sample import generate
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (requirements-dev.txt)")
 import export_gguf  # noqa: E402
@@ -47,8 +48,8 @@ def edit_json(file, **changes):
     write_json(file, read_json(file) | changes)
 
 
-def stored(file) -> dict:
-    """Tensors of a GGUF file by name, dequantised, as torch tensors; and their types."""
+def stored(file) -> tuple[dict, dict]:
+    """Tensors of a GGUF file by name, dequantised, as torch tensors; and the names of their types."""
     tensors = gguf.GGUFReader(file).tensors
     values = {
         t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)).view(list(t.shape)[::-1]) for t in tensors
@@ -155,7 +156,7 @@ def test_token_types(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the check at the end, and what is refused
+# the check after writing, and what is refused
 
 
 def break_permutation(monkeypatch):
@@ -189,7 +190,7 @@ def break_types(monkeypatch):
 @pytest.mark.parametrize("outtype", ["f32", "q8_0"])
 @pytest.mark.parametrize("fault", [break_permutation, break_names, break_rounding, break_tokens, break_types])
 def test_check_notices_a_wrong_file(directory, monkeypatch, fault, outtype):
-    """The read-back must catch each way of writing something else; the file that was there before stays, whole."""
+    """The read-back must notice each kind of mistake in writing, and the earlier file must stay as it was."""
     file = export(directory, outtype)
     before = file.read_bytes()
     fault(monkeypatch)
@@ -203,7 +204,7 @@ def spoil_weights(value):
         model, _ = load(directory)
         with torch.no_grad():
             model.layers[1].mlp.up_proj.weight[3, 5] = value
-        model.save_pretrained(directory)
+        save_pretrained(model, directory)
 
     return spoil
 
@@ -229,7 +230,7 @@ def spoil_digits(directory):
 
 
 @pytest.mark.parametrize(
-    "outtype, spoil, says",
+    "outtype, spoil, message",
     [
         ("f16", spoil_weights(1e5), "up_proj.*1e\\+05.*--outtype=bf16"),
         ("f32", spoil_weights(math.nan), "up_proj.*not finite"),
@@ -243,10 +244,10 @@ def spoil_digits(directory):
         ("f32", spoil_config(eos_token_id=[0, 1, 2]), "one or two"),
     ],
 )
-def test_refuses_what_it_cannot_represent(directory, outtype, spoil, says):
-    """Each of these would load in llama.cpp without a word and give other text. Nothing may be written."""
+def test_refuses_what_it_cannot_represent(directory, outtype, spoil, message):
+    """Each of these would load in llama.cpp without an error and give other text. Nothing may be written."""
     spoil(directory)
-    with pytest.raises(ModelError, match=says):
+    with pytest.raises(UserError, match=message):
         export(directory, outtype)
     assert not list(directory.glob("*.gguf*")) and not (directory / "Modelfile").exists()
 
@@ -255,17 +256,17 @@ def test_q8_0_wants_multiples_of_32(tmp_path):
     """Blocks of 32 do not fit rows of 48; the message names the way out, and the way out works."""
     directory = save_hf_directory(tmp_path / "odd", tiny_hf())
     assert TINY["hidden_size"] == 48
-    with pytest.raises(ModelError, match="rows of 48, 80.*--outtype=f16"):
+    with pytest.raises(UserError, match="rows of 48, 80.*--outtype=f16"):
         export(directory)
     assert export(directory, "f16").name == "odd-f16.gguf"
 
 
 def test_mistakes_end_with_a_message(directory, monkeypatch, tmp_path):
-    """A wrong type, a missing directory, no room to write, no gguf package: one line and a non-zero exit code."""
+    """A wrong type, a missing directory, a folder that cannot be made, no gguf package: one line, exit code not 0."""
     done = run_script("export_gguf.py", f"--model={directory}", "--outtype=q4_k")
     assert done.returncode == 1 and "--outtype=q4_k: expected one of q8_0" in done.stderr
     assert "Traceback" not in done.stderr
-    with pytest.raises(ModelError, match="no such directory"):
+    with pytest.raises(UserError, match="no such directory"):
         export(tmp_path / "nothing")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="--out_dir="):
@@ -284,6 +285,7 @@ def test_command_prints_what_to_do_next(directory):
     assert not list(directory.glob("*.gguf"))
 
 
+@pytest.mark.slow
 def test_memory_stays_near_the_models_size(tmp_path):
     """Writing f32 from a bf16 model, whose output alone is twice the model: at most 1.3 times the model in memory,
     beyond what the export of a tiny model takes. The lower bound shows that the measurement works."""
@@ -317,7 +319,7 @@ print(json.dumps(peak() - before))
 
 
 def test_modelfile_of_a_base_model(directory):
-    """A base model goes on from the text as it is; it stops at its end-of-text token, within its own context."""
+    """A base model continues the text as it is; it stops at its end-of-text token, within its own context."""
     file = export(directory)
     lines = (directory / "Modelfile").read_text().splitlines()
     assert f"FROM ./{file.name}" in lines
@@ -328,7 +330,7 @@ def test_modelfile_of_a_base_model(directory):
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
 def test_modelfile_of_a_chat_model(directory, place):
-    """SmolLM2-Instruct's Jinja template, from either place, becomes Ollama's, with the system message it implies."""
+    """SmolLM2-Instruct's Jinja template, from either place, becomes Ollama's, with the system message it adds."""
     edit_json(directory / "config.json", eos_token_id=2)
     if place == "tokenizer_config.json":
         edit_json(directory / place, chat_template=SMOLLM2_TEMPLATE)
@@ -358,7 +360,7 @@ def test_modelfile_of_a_chat_model(directory, place):
     ],
 )
 def test_chat_template_is_recognised_by_what_it_writes(template, system):
-    """A template that only looks like ChatML must not be passed to Ollama as ChatML; one that attacks must not run."""
+    """A template that only resembles ChatML must not be passed to Ollama as ChatML; malicious code must not run."""
     assert export_gguf.chatml_system(template) == system
 
 
@@ -392,10 +394,10 @@ def prompts(tokenizer):
     return [tokenizer.encode(text).ids for text in texts]
 
 
-@pytest.mark.parametrize("case", ["trained", "tied", "untied"])
+@pytest.mark.parametrize("case", [pytest.param("trained", marks=pytest.mark.slow), "tied", "untied"])
 def test_llamacpp_writes_the_same_text(tmp_path, llama, monkeypatch, case):
-    """f32, greedy: the same tokens, and the same log-probabilities to 1e-4. Without the permutation of q and k the
-    file loads as well, but both must differ, or this test would not see the fault."""
+    """f32, greedy: the same tokens, and the same log-probabilities to 1e-4. Negative control: without the permutation
+    of q and k the file loads as well, but tokens and log-probabilities must differ."""
     if case == "trained":
         directory = copy_of_run(tmp_path / "run")
     else:
@@ -432,8 +434,8 @@ def test_llamacpp_stops_at_the_models_end_token(tmp_path, llama):
 
 @pytest.mark.parametrize("kind", ["smollm", "gpt-2"])
 def test_llamacpp_tokenizes_alike(tmp_path, llama, monkeypatch, kind):
-    """Hard strings and this repository's own text, through llama.cpp and through tokenizers; and back to text. With
-    another name for the pre-tokenizer the ids must differ, or this test would not see the fault."""
+    """Hard strings and this repository's own text, through llama.cpp and through tokenizers; and back to text.
+    Negative control: with another name for the pre-tokenizer the ids must differ."""
     from tokenizers import pre_tokenizers
 
     texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))] + [
@@ -454,9 +456,7 @@ def test_llamacpp_tokenizes_alike(tmp_path, llama, monkeypatch, kind):
     client, different = differing()
     assert different == 0 and len(chunks) > 80
     assert client.tokenize("<|im_end|>x", special=True)[0] == 2
-    if (
-        kind == "smollm"
-    ):  # as "gpt-2" llama.cpp deletes spaces before punctuation when it prints, whoever wrote the file
+    if kind == "smollm":  # as "gpt-2" llama.cpp deletes spaces before punctuation in what it prints, in any GGUF file
         for text in chunks:
             assert client.detokenize(tokenizer.encode(text).ids) == text
     monkeypatch.setattr(
@@ -466,7 +466,7 @@ def test_llamacpp_tokenizes_alike(tmp_path, llama, monkeypatch, kind):
 
 
 def bits_per_byte(client, model, tokenizer, text: str) -> float:
-    """Of a text as llama.cpp sees it, in rows of 64 tokens; the first token of a row is given."""
+    """Of a text, from llama.cpp's probabilities, in rows of 64 tokens; the first token of a row is not counted."""
     ids = tokenizer.encode(text).ids
     nats, size = 0.0, 0
     for at in range(0, len(ids) - 1, 63):
@@ -476,29 +476,31 @@ def bits_per_byte(client, model, tokenizer, text: str) -> float:
     return nats / math.log(2) / size
 
 
+@pytest.mark.slow
 def test_q8_0_costs_next_to_nothing(tmp_path, llama, capsys):
     """llama.cpp on f32 and on q8_0 of a trained run: bits per byte of text, from llama.cpp's own probabilities with
-    its usual settings. The negative control, a model with every weight 5% off, must cost more than is allowed."""
+    its usual settings. Negative control: noise of 15% on every weight must cost more than is allowed."""
     directory = copy_of_run(tmp_path / "run")
     model, tokenizer = load(directory)
     text = PLAY.read_text(encoding="utf-8")[-1200:]  # from the validation tenth
     bpb = {k: bits_per_byte(llama(export(directory, k), exact=False), model, tokenizer, text) for k in ("f32", "q8_0")}
     with capsys.disabled():
         print(f"\nllama.cpp, bits per byte: f32 {bpb['f32']:.4f}, q8_0 {bpb['q8_0']:.4f}")
-    assert 1.0 < bpb["f32"] < 4.0, "the run has learned something"
+    assert 1.0 < bpb["f32"] < 4.0, "the run has learnt something"
     assert abs(bpb["q8_0"] - bpb["f32"]) < 0.005
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1 + 0.15 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     rough = tmp_path / "rough"
     shutil.copytree(directory, rough)
-    model.save_pretrained(rough)
+    save_pretrained(model, rough)
     assert bits_per_byte(llama(export(rough, "f32")), model, tokenizer, text) - bpb["f32"] > 0.005
 
 
+@pytest.mark.slow
 def test_llamacpp_runs_every_type(tmp_path, llama):
     """What a user does: train, export, run. Each type loads, and the log-probabilities are ours up to its rounding,
-    which must show for the three that round."""
+    which must be seen in the three types that round."""
     directory = copy_of_run(tmp_path / "run")
     model, tokenizer = load(directory)
     ids = tokenizer.encode(PLAY.read_text(encoding="utf-8")[3000:]).ids[:40]

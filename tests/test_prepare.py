@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 import prepare
 from config import UserError
+from files import exclusive
 
 HARD = [
     "naïve café 🦉🏽👩‍👩‍👧 漢字かな交じり文",
@@ -53,8 +54,17 @@ def snapshot(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 
+def test_torch_is_not_imported():
+    """Preparing text must start at once: importing torch takes longer than all the rest of it."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = done.stdout.split()
+    assert "tokenizers" in imported, "the list is of what prepare.py imports"
+    assert not {"torch", "transformers", "huggingface_hub"} & set(imported)
+
+
 def test_fast_encoder_gives_the_ids_of_tokenizers():
-    """tiktoken is fed our own pattern and ranks; both must cut and merge as Digits + ByteLevel do, on anything."""
+    """tiktoken works with our own pattern and ranks; both must cut and merge as Digits + ByteLevel do, on any text."""
     tokenizer = prepare.train_bpe([TEXT, *HARD], 600)
     tokenizer.encode_special_tokens = True
     fast = prepare.fast_encoder(tokenizer)
@@ -65,7 +75,7 @@ def test_fast_encoder_gives_the_ids_of_tokenizers():
 
 
 def test_the_comparison_above_can_fail(monkeypatch):
-    """Negative control: GPT-2's own pattern keeps digits together, and must be told from ours."""
+    """Negative control: GPT-2's own pattern keeps digits together, so some ids must differ."""
     tokenizer = prepare.train_bpe([TEXT, "12 345 " * 500], 600)
     monkeypatch.setattr(prepare, "DIGITS_PATTERN", prepare.GPT2_PATTERN)
     fast = prepare.fast_encoder(tokenizer)
@@ -73,7 +83,7 @@ def test_the_comparison_above_can_fail(monkeypatch):
 
 
 def test_a_disagreeing_tokenizer_is_encoded_by_its_own_library(monkeypatch, capsys):
-    """The self-check of every run: never trust the fast way where it differs."""
+    """The check that every run makes: tiktoken is not used where its ids differ."""
     tokenizer = prepare.train_bpe([TEXT, "a  b  c  12  34 " * 500], 400)  # with a token of two spaces
     monkeypatch.setattr(prepare, "DIGITS_PATTERN", prepare.GPT2_PATTERN)
     encode = prepare.make_encoder(tokenizer, "a  12")
@@ -82,7 +92,7 @@ def test_a_disagreeing_tokenizer_is_encoded_by_its_own_library(monkeypatch, caps
 
 
 def test_a_vocabulary_with_missing_bytes_drops_them_as_tokenizers_does():
-    """SmolLM2's own lacks 21 bytes; tiktoken dies on such a vocabulary unless they are numbered past its end."""
+    """SmolLM2's own lacks 21 bytes; tiktoken crashes on such a vocabulary unless they are numbered past its end."""
     spec = json.loads(prepare.train_bpe([TEXT], 300).to_str())
     for letter in "Ā", "Ą", "ÿ":  # the spellings of bytes 0, 4 and 255
         spec["model"]["vocab"].pop(letter)
@@ -93,6 +103,7 @@ def test_a_vocabulary_with_missing_bytes_drops_them_as_tokenizers_does():
 
 
 def test_special_tokens_have_smollm2s_ids_and_all_bytes_are_there():
+    """Even a tokenizer trained on plain letters encodes and decodes any text."""
     tokenizer = prepare.train_bpe(["only plain letters"], 300)
     assert [tokenizer.token_to_id(t) for t in prepare.SPECIAL] == [0, 1, 2]
     for text in HARD:
@@ -116,7 +127,7 @@ def test_one_document_is_split_at_its_last_tenth_of_characters(here):
 
 
 def test_documents_stay_whole_and_on_one_side(here):
-    """By document where there are several: none is cut, none is on both sides."""
+    """Several documents are split between documents: none is cut, none is on both sides."""
     documents = [f"document {i} " + "words " * (i % 7) for i in range(50)]
     text = "".join(json.dumps({"text": d}) + "\n" for d in documents)
     meta = make(text, file="d.jsonl")
@@ -127,11 +138,12 @@ def test_documents_stay_whole_and_on_one_side(here):
 
 
 def test_two_documents_are_one_each(here):
+    """The smallest split: one document to train on, one to validate on; the blank line is no document."""
     make('{"text": "the first one"}\n\n{"text": "b"}\n', file="d.jsonl")
     assert decode("t", read("t", "val")) == "b" + prepare.END
 
 
-def test_the_tokenizer_knows_nothing_of_the_validation_text(here):
+def test_the_tokenizer_is_not_trained_on_the_validation_text(here):
     """Changing the validation text must not change the tokenizer; changing the training text must."""
     a = make(TEXT[:9000] + "a" * 1000)["tokenizer_sha256"]
     b = make(TEXT[:9000] + "z" * 1000)["tokenizer_sha256"]
@@ -160,6 +172,7 @@ def test_pieces_cut_anywhere_would_change_something(monkeypatch):
 
 
 def test_folder_and_glob_read_in_a_fixed_order(here):
+    """The order of a directory listing differs from machine to machine; the ids must not."""
     for name in ("b.txt", "a.txt", "c.md"):
         (here / "in").mkdir(exist_ok=True)
         (here / "in" / name).write_text(f"{name} " * 30)
@@ -169,7 +182,7 @@ def test_folder_and_glob_read_in_a_fixed_order(here):
 
 
 def test_an_existing_tokenizer_is_taken_as_it_is(here):
-    """Its file is copied byte for byte, so that its hash is that of the model it belongs to."""
+    """Its file is copied byte for byte, so that its hash stays the one that the model's metadata name."""
     prepare.train_bpe([TEXT], 400).save("tokenizer.json")
     meta = make(TEXT, tokenizer="tokenizer.json")
     assert (here / "data/t/tokenizer.json").read_bytes() == (here / "tokenizer.json").read_bytes()
@@ -177,6 +190,7 @@ def test_an_existing_tokenizer_is_taken_as_it_is(here):
 
 
 def test_same_input_same_files(here):
+    """Nothing in the files depends on the time, or on the threads that encode."""
     make(TEXT)
     first = snapshot(here / "data/t")
     make(TEXT)
@@ -216,6 +230,7 @@ def test_the_same_as_a_user_sees_it(here):
 
 
 def test_bad_jsonl_names_its_line(here):
+    """Broken JSON, no "text", and a text that is none: the message leads to the line."""
     for bad in ("{broken", '{"txt": "x"}', '{"text": 5}', '["x"]'):
         with pytest.raises(UserError, match="line 2"):
             make('{"text": "fine"}\n' + bad + "\n", file="d.jsonl")
@@ -238,7 +253,7 @@ def test_a_full_disk_leaves_the_old_data(here, monkeypatch):
 
 
 def test_kill_9_in_the_middle_leaves_the_old_data(here):
-    """The killed process, not a mock of it: it is killed while it writes, and the folder is what it was."""
+    """A real process, killed while it writes: the folder holds what it held."""
     make(TEXT)
     before = snapshot(here / "data/t")
     code = (
@@ -249,12 +264,12 @@ def test_kill_9_in_the_middle_leaves_the_old_data(here):
     assert subprocess.run([sys.executable, "-c", code], cwd=here).returncode == -signal.SIGKILL
     after = snapshot(here / "data/t")
     assert {k: v for k, v in after.items() if not k.endswith(".tmp")} == before
-    make(TEXT)  # and the next run cleans up
+    make(TEXT)  # the next run removes what the killed one left
     assert snapshot(here / "data/t") == before
 
 
 def test_altered_data_are_noticed(here):
-    """meta.json vouches for the files beside it."""
+    """meta.json has the size or the hash of the files beside it."""
     make(TEXT)
     prepare.read_meta("t")
     file = here / "data/t/train.bin"
@@ -268,13 +283,14 @@ def test_altered_data_are_noticed(here):
 
 
 def test_two_at_once_are_one_and_a_message(here):
-    with prepare.exclusive(here / "data/t", "being prepared"), pytest.raises(UserError, match="by another process"):
+    """Two processes that prepare the same data set would mix their files."""
+    with exclusive(here / "data/t", "being prepared"), pytest.raises(UserError, match="by another process"):
         make(TEXT)
     make(TEXT)
 
 
-def test_offline_the_embedded_play_is_used_and_said_aloud(here, monkeypatch, capsys):
-    """No network: a loud line, the play of this repository, and a working data set."""
+def test_offline_the_play_of_this_repository_is_used_with_a_warning(here, monkeypatch, capsys):
+    """No network: a warning, the play, and a working data set."""
 
     def offline(*_, **__):
         raise OSError("no network in this test")

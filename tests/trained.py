@@ -1,4 +1,4 @@
-"""A run of our own, made by train.py from the play in this repository: what the clients are given to read."""
+"""A small run made by train.py from the play in this repository, for the tests that give it to other programs."""
 
 import atexit
 import functools
@@ -13,7 +13,7 @@ PLAY = ROOT / "data" / "shakespeare" / "play.txt"
 
 @functools.cache  # once per test session; about seven seconds
 def trained_run() -> Path:
-    """The run's directory. It is shared: a test that writes into it takes copy_of_run()."""
+    """The run's directory. It is shared, so a test that writes into it takes copy_of_run()."""
     folder = Path(tempfile.mkdtemp(prefix="trained"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     arguments = (
@@ -22,11 +22,12 @@ def trained_run() -> Path:
         "--micro_batch_size=8 --max_iters=250 --eval_interval=125 --learning_rate=1e-2 --warmup_iters=5 "
         "--device=cpu --dtype=float32 --compile=off --peak_tflops=1"
     )
-    # one thread: at this size a second gains nothing, and on a busy machine the two wait for each other at every step
+    # One thread: at this size a second gains nothing, and on a busy machine the two wait for each other at every step.
     done = run_script("train.py", *arguments.split(), cwd=folder, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "out" / "play"
 
 
 def copy_of_run(path) -> Path:
+    """A copy of the run at `path`, which the test may change; returns the path."""
     return Path(shutil.copytree(trained_run(), path))

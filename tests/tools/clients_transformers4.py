@@ -1,13 +1,14 @@
 """
-Does transformers 4.57, the last release before 5, read a run of ours as we do? Outside the normal suite, because it
-installs that release into an environment of its own (a minute and some 60 MB; torch is borrowed from this one).
+Does transformers 4.57, the last release before 5, compute the same from a run as this code does? It is not part of the
+test suite, because it installs that release into an environment of its own (a minute and about 60 MB; torch is taken
+from the environment that runs this script).
 
-    python tests/clients_transformers4.py --model=out/tiny_shakespeare
-    python tests/clients_transformers4.py --model=out/tiny_shakespeare --env=.venv4     # kept, and used again
+    python tests/tools/clients_transformers4.py --model=out/tiny_shakespeare
+    python tests/tools/clients_transformers4.py --model=out/tiny_shakespeare --env=.venv4     # kept for the next time
 
 Compares, in fp32 on the CPU: token ids of hard strings, logits, and greedy text. Then the negative control: a copy of
-the directory with theta in rope_parameters alone, where transformers 5 writes it, must come out different, for 4.57
-looks for rope_theta and takes 10000 without a word where there is none. Exit code 0 if all of it is as it should be.
+the directory with theta only in rope_parameters, where transformers 5 writes it, must give other logits, because 4.57
+looks for rope_theta and silently takes 10000 where there is none. Exit code 0 if both come out as expected.
 """
 
 import json
@@ -21,14 +22,15 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from safetensors.torch import load_file
 
+from checkpoint import load, newest_run
 from config import UserError, guard, override
-from model import ModelError, read_json, write_json
-from sample import generate, load, newest_run
+from files import read_json, write_json
+from sample import generate
 
 VERSION = "4.57.6"
 TOLERANCE = 1e-4
@@ -44,7 +46,7 @@ class Settings:
     env: str = ""  # folder of the environment, made if it is not there; empty: a temporary one
 
 
-# What runs over there, with nothing of this repository in sight: python -c THEIRS DIRECTORY PROMPTS NEW_TOKENS RESULT
+# What runs in the other environment, without this repository: python -c THEIRS DIRECTORY PROMPTS NEW_TOKENS RESULT
 THEIRS = """
 import json, sys
 import torch, transformers
@@ -73,7 +75,7 @@ def environment(folder: Path) -> Path:
         done = subprocess.run([python, "-m", "pip", "install", "--quiet", f"transformers=={VERSION}"])
         if done.returncode:
             raise UserError(f"pip could not install transformers {VERSION}; without a network this cannot be run.")
-        # a .pth file adds a folder behind the environment's own, so only what it lacks, torch, is found there
+        # A .pth file adds our packages after the environment's own, so only what it lacks, torch, comes from ours.
         purelib = subprocess.check_output(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
         )
@@ -83,6 +85,7 @@ def environment(folder: Path) -> Path:
 
 
 def run_theirs(python: Path, directory: Path, folder: Path) -> tuple[dict, str]:
+    """What THEIRS computes of the model in `directory`, and the version of transformers that it found."""
     result = folder / "result.safetensors"
     arguments = [str(directory), json.dumps(PROMPTS), str(NEW_TOKENS), str(result)]
     done = subprocess.run(
@@ -96,7 +99,7 @@ def run_theirs(python: Path, directory: Path, folder: Path) -> tuple[dict, str]:
 
 @torch.no_grad()
 def compare(model, tokenizer, theirs: dict) -> tuple[int, int, float]:
-    """How many prompts are tokenized otherwise, go on otherwise, and the largest difference of logits."""
+    """How many prompts have other tokens, how many another continuation, and the largest difference of logits."""
     tokens, texts, largest = 0, 0, 0.0
     for i, prompt in enumerate(PROMPTS):
         ids = theirs[f"{i}.ids"].tolist()
@@ -137,4 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main, ModelError)
+    guard(main)

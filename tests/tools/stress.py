@@ -1,8 +1,8 @@
 """
 The promises of train.py under real violence, minutes long, outside the normal suite.
 
-    python tests/stress.py                  # everything: about ten minutes on two cores
-    python tests/stress.py --kills=10       # fewer kills
+    python tests/tools/stress.py                  # everything: about ten minutes on two cores
+    python tests/tools/stress.py --kills=10       # fewer kills
 
 It trains a small model in a folder of its own and (1) kills it with SIGKILL at fifty random instants, while training,
 evaluating and saving, checking after each kill that the model directory loads, here and in transformers, and that no
@@ -25,10 +25,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import sample  # noqa: E402
+import checkpoint  # noqa: E402
 from config import override  # noqa: E402
 
 
@@ -87,7 +87,7 @@ def same_run(a, b) -> str:
     for i, entry in x["optimizer"]["state"].items():
         wrong += [f"optimizer {i} {k}" for k, v in entry.items() if not torch.equal(v, y["optimizer"]["state"][i][k])]
     wrong += [key for key in ("loss", "lr", "grad_norm", "val_loss", "sample") if entries(a, key) != entries(b, key)]
-    wrong += ["best model"] if sample.metadata(a) != sample.metadata(b) else []
+    wrong += ["best model"] if checkpoint.metadata(a) != checkpoint.metadata(b) else []
     return ", ".join(wrong[:5])
 
 
@@ -95,7 +95,7 @@ def loads(out):
     """Weights, config and tokenizer belong together, here and in transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = sample.load(out)
+    model, tokenizer = checkpoint.load(out)
     ids = torch.tensor([tokenizer.encode("Softly, mother.").ids])
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert AutoTokenizer.from_pretrained(out)("Softly, mother.")["input_ids"] == ids[0].tolist()

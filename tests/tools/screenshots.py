@@ -1,9 +1,9 @@
 """
 Pictures of the playground's tabs for the README: light, dark and on a phone, as small PNGs.
 
-    python tests/screenshots.py --model=out/tiny_shakespeare         # into docs/
+    python tests/tools/screenshots.py --model=out/tiny_shakespeare         # into docs/
 
-Wants playwright and a Chromium (Debian: apt-get install chromium), and Pillow, which gradio brings.
+Needs playwright and a Chromium (Debian: apt-get install chromium), and Pillow, which gradio brings.
 """
 
 import io
@@ -12,14 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 import app  # noqa: E402
 from config import UserError, guard, override  # noqa: E402
-from model import ModelError  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MOST_BYTES = 150_000
@@ -30,13 +29,13 @@ class Settings:
     model: str = "out/tiny_shakespeare"  # the trained run to show; its log.jsonl fills the Training tab
     other: str = ""  # the right side of Compare; empty: the same model
     out_dir: str = "docs"  # where the pictures go
-    prompt: str = "ROMEO:"  # what Write and Compare go on from
+    prompt: str = "ROMEO:"  # of Write and Compare
     seed: int = 7  # of the text
     length: int = 64  # tokens of it
 
 
 def save(page, path: Path):
-    """A PNG of what the window shows, with as many colours as fit into MOST_BYTES."""
+    """Write a PNG of what the window shows, with as many colours as fit into MOST_BYTES."""
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     for colors in (256, 128, 64, 32):
         image.quantize(colors, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -46,7 +45,7 @@ def save(page, path: Path):
 
 
 def tab(page, name: str):
-    """Open a tab, from the menu of those that a narrow window has no room for if need be."""
+    """Open a tab; in a narrow window it may be in the menu beside the tabs."""
     button = page.get_by_role("tab", name=name)
     if not button.is_visible():
         page.locator(".overflow-menu > button").click()
@@ -57,7 +56,7 @@ def tab(page, name: str):
 
 def write(page, s: Settings):
     """Generate a text with the seed of the settings and wait for its end."""
-    for label, value in (("Seed", s.seed), ("number input for Length", s.length)):  # without scrolling to them
+    for label, value in (("Seed", s.seed), ("number input for Length", s.length)):  # set without scrolling
         box = page.get_by_label(label, exact=True)
         box.evaluate("(e, value) => { e.value = value; e.dispatchEvent(new Event('input')) }", value)
         box.evaluate("e => e.dispatchEvent(new Event('blur'))")
@@ -67,7 +66,8 @@ def write(page, s: Settings):
     page.wait_for_timeout(300)
 
 
-def look(browser, url: str, s: Settings, out: Path, scheme: str, width: int, height: int, names: list[str]):
+def take_pictures(browser, url: str, s: Settings, out: Path, scheme: str, width: int, height: int, names: list[str]):
+    """Write a text in a window of this size and colour scheme, then save a picture of each of the tabs `names`."""
     page = browser.new_page(viewport=dict(width=width, height=height), color_scheme=scheme)
     page.goto(url)
     page.locator("#prompt textarea").wait_for()
@@ -108,13 +108,13 @@ def main():
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            look(browser, url, s, out, "light", 1180, 860, everything)
-            look(browser, url, s, out, "dark", 1180, 860, everything)
-            look(browser, url, s, out, "light", 390, 844, everything)
+            take_pictures(browser, url, s, out, "light", 1180, 860, everything)
+            take_pictures(browser, url, s, out, "dark", 1180, 860, everything)
+            take_pictures(browser, url, s, out, "light", 390, 844, everything)
             browser.close()
     finally:
         demo.close()
 
 
 if __name__ == "__main__":
-    guard(main, ModelError)
+    guard(main)

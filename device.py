@@ -1,0 +1,167 @@
+"""
+The machine: which device and dtype, how fast it could be, whether to compile, and joining several processes.
+
+    from device import pick_device, pick_dtype
+    device, dtype = pick_device("auto"), pick_dtype("auto")
+"""
+
+import ctypes
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+from model import SmolLM2
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16/fp16 peaks from the vendors' data sheets. A device that is not here gets no MFU rather than a wrong one.
+KNOWN_PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# device and dtype
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is the first of cuda, mps, cpu that is there; any other name is checked and returned as it is."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device={device} cannot be used here ({reason}). Without the flag the best is taken."
+        ) from None
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The dtype that weights are loaded in: "auto" is None, the file's own; otherwise the dtype of that name."""
+    names = {"auto": None} | DTYPES
+    if name not in names:
+        raise UserError(f"--dtype={name}: expected one of {', '.join(names)}.")
+    return names[name]
+
+
+def pick_autocast(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products in training, and why. "auto" is bf16 where the processor has it, by its capability,
+    since some accept bf16 and emulate it. UserError for an unknown name."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise UserError(f"--dtype={name}: expected auto, {', '.join(DTYPES)}.")
+        return DTYPES[name], "as asked"
+    if device.startswith("cuda"):
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) >= (8, 0):
+            return torch.bfloat16, f"CUDA capability {major}.{minor} has bfloat16"
+        return torch.float16, f"CUDA capability {major}.{minor} has no bfloat16; float16 with loss scaling"
+    if device == "cpu":
+        has = torch.cpu.get_capabilities()
+        for feature in ("amx_bf16", "avx512_bf16", "bf16"):
+            if has.get(feature):
+                return torch.bfloat16, f"the CPU has {feature}"
+        return torch.float32, "the CPU has no bfloat16"
+    return torch.float32, f"float32 is the safe choice on {device}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# speed
+
+
+def peak_flops(device: str, dtype: torch.dtype, given_tflops: float = 0.0) -> tuple[float, str]:
+    """Floating-point operations per second the device could do, and where the figure is from; 0 if it is not known."""
+    if given_tflops:
+        return given_tflops * 1e12, "as given"
+    if device == "cpu":
+        n = 1024
+        a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+        best, started = math.inf, time.perf_counter()
+        while time.perf_counter() - started < 0.3:
+            before = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - before)
+        return 2 * n**3 / best, "measured"
+    if device.startswith("cuda") and dtype != torch.float32:
+        name = torch.cuda.get_device_name()
+        for key, tflops in KNOWN_PEAK_TFLOPS.items():
+            if key in name:
+                return tflops * 1e12, f"data sheet of {key}"
+    return 0.0, "unknown"
+
+
+def pick_compile(choice: str, device: str, flops: float, peak: float) -> tuple[bool, str]:
+    """Compile the blocks for training or not, and why. `flops` is the work of the whole run, `peak` what the device can
+    do in a second. UserError for an unknown choice."""
+    if choice not in ("auto", "on", "off"):
+        raise UserError(f"--compile={choice}: expected auto, on or off.")
+    if choice != "auto":
+        return choice == "on", "as asked"
+    if sys.platform == "win32":
+        return False, "not tried on Windows"
+    if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return False, "there is no C++ compiler"
+    if device.startswith("cuda") and torch.cuda.get_device_capability() < (7, 0):
+        return False, "this GPU is too old for Triton"
+    if device != "cpu" and not device.startswith("cuda"):
+        return False, f"compiled training is not reliable on {device}"
+    minutes = flops / (0.5 * peak) / 60 if peak else math.inf
+    if minutes < 5:
+        return False, f"the run is about {minutes:.1f} minutes of work, too short to earn the compiling back"
+    return True, "the run is long enough to earn the compiling back"
+
+
+def compile_for_training(model: SmolLM2):
+    """torch.compile each block in place: no name changes, and all blocks share one compiled graph, so it takes some
+    twenty seconds instead of a minute for thirty. The first call compiles, and fails if there is no compiler."""
+    for layer in model.layers:
+        layer.compile(dynamic=False)
+
+
+def undo_compile(model: SmolLM2):
+    """Run the blocks as they are written again."""
+    for layer in model.layers:
+        layer._compiled_call_impl = None
+
+
+def compile_for_generation(model: SmolLM2):
+    """The same for generate() on a GPU: the lengths may change without compiling again. (A CPU has decode.c.)"""
+    for layer in model.layers:
+        layer.compile(dynamic=True)
+    model.head = torch.compile(model.head, dynamic=True)
+
+
+def keep_freed_memory():
+    """Have malloc keep what is freed and use it again. By default glibc returns large blocks to the system at once, and
+    every step has the same gigabytes mapped, and zeroed page by page, anew: up to a tenth of a training step.
+    Call it at the start of a process; it does nothing where the C library is another."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap cut short when its end is free
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# several processes
+
+
+def join_processes(device: str) -> tuple[int, int, str]:
+    """This process's number, how many there are, and its device, which on GPUs is one of its own.
+
+    torchrun says in the environment who is who; a process started without it is alone: (0, 1, device). The processes
+    exchange gradients through NCCL on GPUs and through gloo elsewhere. End with dist.destroy_process_group().
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, device

@@ -1,0 +1,81 @@
+"""
+Files that are whole or not there: atomic and durable writes, JSON, hashes, and the lock of a folder.
+
+    with atomic("out/run/config.json") as temporary: temporary.write_text(...)
+    with exclusive(Path("out/run"), "being trained in"): ...
+
+This file imports no torch, so that prepare.py starts at once.
+"""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from config import UserError
+
+
+@contextmanager
+def atomic(path):
+    """`with atomic(path) as temporary:` write the temporary file; it is renamed to `path` once it is on the disk.
+
+    A crash at any instant leaves either the old file or the new one. The folder is synced as well: without that the
+    rename itself can be lost. If the body raises, the temporary file is removed and the old one stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        if os.name != "nt":  # Windows has no handle on a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value: dict):
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """The parsed file. UserError where it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: {path.parent} is not a model directory.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Copy it again from where it came.") from None
+
+
+def file_sha256(path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextmanager
+def exclusive(folder: Path, doing: str):
+    """Only one process at a time in `folder`, which is made if need be. UserError while another holds the lock.
+
+    The lock is the operating system's, which releases it when a process ends, also by kill -9.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder} is {doing} by another process right now. Wait for it, or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()

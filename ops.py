@@ -1,0 +1,123 @@
+"""
+The same mathematics in fewer bytes. Each function has a plain twin, named beside it; tests hold the two together.
+
+A training step or a long prompt spends its time in matrix products and in moving what is around them. These three keep
+large intermediate tensors out of memory: the scores of attention, the logits of the loss, and the halves of SwiGLU.
+
+Shapes: B batch, T time (tokens in this call), S all positions seen so far, C hidden, H query heads, K key/value heads,
+G = H / K query heads per key/value head, D head dim, V vocabulary, N = B * T.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+QUERY_BLOCK = 256  # queries whose scores are held at once: about as many as stay in a CPU's cache
+LOSS_ROWS = 512  # tokens whose logits are held at once
+SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CPU: 6 MB at a vocabulary of 49,152
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def attend_in_blocks(q, k, v, start: int):
+    """Causal grouped-query attention on a CPU. Plain twin: model.attend_fused.
+
+    q (B, H, T, D) at positions start .. start+T-1, k and v (B, K, S, D) with S = start + T -> (B, H, T, D).
+
+    One block of queries at a time, over the keys that the block may see: the scores above the diagonal are never
+    computed, and those of a block stay in the cache. The G query heads that share a key/value head are stacked as rows
+    of one product, so keys and values are not repeated.
+    """
+    (B, H, T, D), K, out = q.shape, k.size(1), []
+    G = H // K
+    q = (q * D**-0.5).view(B, K, G, T, D)
+    for a in range(0, T, QUERY_BLOCK):
+        t = min(QUERY_BLOCK, T - a)
+        s = start + a + t  # the keys that the last query of this block sees
+        scores = q[:, :, :, a : a + t].reshape(B, K, G * t, D) @ k[:, :, :s].transpose(-1, -2)  # (B, K, G*t, s)
+        if t > 1:  # mask the keys that come after a query; they are among the block's own
+            future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+            scores.view(B, K, G, t, s)[..., s - t :].masked_fill_(future, -math.inf)
+        out.append((scores.softmax(-1) @ v[:, :, :s]).view(B, H, t, D))  # softmax computes in fp32 for any dtype
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SwiGLU
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, of one shape. Plain twin: that formula, which this is while gradients are wanted.
+
+    Without gradients it is computed in place: writing to fresh memory takes longer than the arithmetic.
+    """
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return F.silu(gate, inplace=True).mul_(up)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loss
+
+
+def cross_entropy_in_pieces(x, weight, targets):
+    """Mean cross entropy of softmax(x @ weight.T) against targets, as a fp32 scalar in nats; -100 is not counted.
+
+    x (B, T, C), weight (V, C), targets (B, T). Plain twin: F.cross_entropy((x @ weight.T).float(), targets).
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    with torch.autocast(kind, enabled=False):
+        return CrossEntropyInPieces.apply(x.flatten(0, 1), weight, targets.flatten(), dtype)
+
+
+class CrossEntropyInPieces(torch.autograd.Function):
+    """The loss of LOSS_ROWS tokens at a time, and its gradient in the same pass.
+
+    At a vocabulary of 49,152 the logits of 1,024 tokens are 200 MB in fp32, and the plain way holds them, their
+    softmax and their gradient at once. Here the gradient of each piece is taken while its logits are at hand, and is
+    written in their place. So nothing of size V outlives a piece, and backward is one multiplication. Products run in
+    `dtype` (what autocast would choose); everything after them, and the sum of the weight's gradient, in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype):  # (N, C), (V, C), (N,) -> fp32 scalar
+        want_grad = x.requires_grad or weight.requires_grad
+        h, w = x.to(dtype), weight.to(dtype)
+        counted = targets != -100
+        count = counted.sum()
+        total = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(h) if want_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
+        for a in range(0, len(h), LOSS_ROWS):
+            piece = slice(a, a + LOSS_ROWS)
+            logits = h[piece] @ w.T  # (LOSS_ROWS, V)
+            rows = SOFTMAX_ROWS if h.device.type == "cpu" else LOSS_ROWS
+            for b in range(0, len(logits), rows):  # in fp32, as many rows as stay in the cache
+                part = slice(b, b + rows)
+                target = targets[piece][part].clamp(min=0)[:, None]  # -100 reads class 0 and is masked below
+                mask = counted[piece][part][:, None]
+                exact = logits[part].float()
+                largest = exact.amax(-1, keepdim=True)
+                chosen = exact.gather(1, target) - largest
+                exact.sub_(largest).exp_()
+                z = exact.sum(-1, keepdim=True)
+                total += ((z.log() - chosen) * mask).sum()
+                if want_grad:  # d loss / d logits = (softmax - one_hot) / count
+                    share = mask / count
+                    logits[part] = exact.mul_(share / z).scatter_add_(1, target, -share)
+            if want_grad:
+                grad_x[piece] = logits @ w
+                grad_weight += logits.T @ h[piece]
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight = ctx.saved_tensors
+        # in place, since the second is as large as the embedding; a second backward therefore raises an error
+        return grad_x.mul_(grad).to(ctx.dtypes[0]), grad_weight.mul_(grad).to(ctx.dtypes[1]), None, None

@@ -1,0 +1,36 @@
+"""device.py: precision, peak and compiling are chosen by what the machine can do."""
+
+import pytest
+import torch
+
+import device
+from device import peak_flops, pick_autocast, pick_compile
+
+
+@pytest.mark.parametrize(
+    "capability, expected", [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)]
+)
+def test_precision_goes_by_capability(capability, expected, monkeypatch):
+    """Older GPUs accept bf16 and emulate it, slowly; the capability does not lie."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert pick_autocast("auto", "cuda")[0] == expected
+    assert pick_autocast("auto", "mps")[0] == torch.float32
+    assert pick_autocast("float32", "cuda")[0] == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
+    assert pick_autocast("auto", "cpu")[0] == torch.float32
+
+
+def test_mfu_is_not_guessed(monkeypatch):
+    """An unknown GPU has no known peak: no number rather than a wrong one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Frobnicator 9")
+    assert peak_flops("cuda", torch.bfloat16) == (0.0, "unknown")
+    assert peak_flops("cuda", torch.bfloat16, 5)[0] == 5e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    assert peak_flops("cuda", torch.bfloat16)[0] == 989e12
+
+
+def test_compile_auto_leaves_short_runs_alone(monkeypatch):
+    assert not pick_compile("auto", "cpu", 1e12, 1e12)[0]
+    assert pick_compile("on", "cpu", 1e12, 1e12)[0] and not pick_compile("off", "cpu", 1e20, 1e12)[0]
+    monkeypatch.setattr(device.shutil, "which", lambda _: None)
+    assert pick_compile("auto", "cpu", 1e20, 1e12) == (False, "there is no C++ compiler")
