@@ -75,6 +75,7 @@ def ask(client: Client, prompt: str = "MARA:", n: int = 40, seed: int = 5, **mor
 # one request
 
 
+@pytest.mark.slow
 def test_text_streams_and_is_what_sample_py_makes(runs, client):
     """The page must stream, and must sample by the same rules as sample.py."""
     pieces = list(ask(client, model="out/a"))
@@ -90,6 +91,7 @@ def test_seed_0_draws_a_new_one(client):
     assert len({ask(client, seed=0).result() for _ in range(3)}) == 3
 
 
+@pytest.mark.slow
 def test_cancel_ends_the_computation_within_two_tokens(client, slow):
     """A stop that only hides the text leaves the machine busy for everyone in the queue."""
     counted = slow(0.05)
@@ -105,6 +107,7 @@ def test_cancel_ends_the_computation_within_two_tokens(client, slow):
     assert counted.tokens > at + 2
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_away_ends_the_computation(client, slow):
     """A closed tab, seen from the server: the connection that streams the text is gone."""
     counted = slow(0.1)
@@ -118,6 +121,7 @@ def test_a_client_that_goes_away_ends_the_computation(client, slow):
     assert counted.tokens <= at + 2
 
 
+@pytest.mark.slow
 def test_two_clients_at_once_do_not_mix(runs, served, slow):
     """Each request has a cache and a generator of its own; one runs at a time, the other sees its place in line."""
     counted = slow(0.01)
@@ -141,6 +145,7 @@ def test_two_clients_at_once_do_not_mix(runs, served, slow):
     assert texts[0] != texts[1]
 
 
+@pytest.mark.slow
 def test_the_queue_has_a_bound(served, slow, monkeypatch):
     """A visitor who sends a thousand requests must be told to come back later, not be allowed to fill the memory."""
     demo = served[1]
@@ -218,6 +223,7 @@ def test_only_listed_models_can_be_had(client, name):
     assert ask(client, n=10, model="out/b").result()  # the app goes on
 
 
+@pytest.mark.slow
 def test_a_model_that_goes_or_changes_is_noticed(tmp_path):
     """Old weights under a run's name after it trained on, or a traceback after it was deleted, mislead."""
     for name in "ab":
@@ -238,6 +244,7 @@ def test_a_model_that_goes_or_changes_is_noticed(tmp_path):
             ask(client, model="out/b").result()
 
 
+@pytest.mark.slow
 def test_no_model_at_all(tmp_path):
     """The page opens, shows what to run, and never answers with random weights."""
     with serving(tmp_path) as (url, _, models):
@@ -398,6 +405,7 @@ def test_launch_is_local_and_closed():
     assert a["share"] is True and a["auth"] == ("ada", "with:colon")
 
 
+@pytest.mark.slow
 def test_no_file_can_be_read(runs, monkeypatch):
     """Neither a path in the address nor an environment variable opens the disk."""
     monkeypatch.setenv("GRADIO_ALLOWED_PATHS", str(runs))
@@ -412,6 +420,7 @@ def test_no_file_can_be_read(runs, monkeypatch):
         assert httpx.get(f"{url}gradio_api/file={secret}").status_code == 200
 
 
+@pytest.mark.slow
 def test_login(runs):
     """--auth must close the API as well as the page."""
     with serving(runs, auth=("ada", "secret")) as (url, _, _):

@@ -15,7 +15,10 @@ from playground import SlowGenerate, make_run, serving  # noqa: E402
 import app  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,6 @@ def test_write_and_look_inside(visit, url):
     assert visit.watched.outside(url) == []
 
 
-@pytest.mark.slow
 def test_nothing_is_asked_of_other_hosts(visit, url):
     """Fonts, scripts, analytics: every tab, and the page about the API, come from this machine alone."""
     page = visit()
@@ -160,7 +162,6 @@ def test_text_streams(visit, slow):
     finished(page)
 
 
-@pytest.mark.slow
 def test_stop_ends_the_computation_within_two_tokens(visit, slow):
     """Stop must end the computation, keep the text, show that it was stopped, and leave a page that works."""
     counted = slow(0.15)
@@ -181,7 +182,6 @@ def test_stop_ends_the_computation_within_two_tokens(visit, slow):
     assert page.locator("#text .prompt").inner_text() == "The Duke"
 
 
-@pytest.mark.slow
 def test_a_closed_tab_ends_the_computation_within_two_tokens(visit, slow):
     """Nobody reads the text any more; the next visitor in the queue should not wait for it."""
     counted = slow(0.25)
@@ -194,7 +194,6 @@ def test_a_closed_tab_ends_the_computation_within_two_tokens(visit, slow):
     assert counted.tokens <= at + 2
 
 
-@pytest.mark.slow
 def test_a_second_visitor_sees_the_queue(visit, slow):
     """A visitor who waits must see the place in the queue; the two texts must not mix either."""
     counted = slow(0.05)
@@ -211,7 +210,6 @@ def test_a_second_visitor_sees_the_queue(visit, slow):
     assert second.locator("#text .prompt").inner_text() == "The Duke"
 
 
-@pytest.mark.slow
 def test_stop_while_waiting_leaves_the_queue(visit, slow):
     """A visitor who stops while waiting must not be served later."""
     counted = slow(0.05)
@@ -229,7 +227,6 @@ def test_stop_while_waiting_leaves_the_queue(visit, slow):
     assert len(counted.calls) == 1
 
 
-@pytest.mark.slow
 def test_clear(visit):
     """Clear leaves the page as it was at first."""
     page = visit()
@@ -242,7 +239,6 @@ def test_clear(visit):
     assert page.locator("#inside [data-t]").count() == 0
 
 
-@pytest.mark.slow
 def test_compare(visit):
     """Two models, one prompt and seed; different weights, different texts."""
     page = visit()
@@ -263,7 +259,6 @@ def points_of(page):
     return sum(len(re.findall(r"[ML]", d)) for d in paths)
 
 
-@pytest.mark.slow
 def test_training_is_drawn_and_follows_the_run(visit, root, url):
     """The curves come from log.jsonl, and again when a line is added."""
     page = visit()
@@ -296,7 +291,6 @@ def test_model_tab_and_choice(visit):
     page.locator(".card td", has_text="int8 on cpu").wait_for()
 
 
-@pytest.mark.slow
 def test_a_new_run_appears_and_a_deleted_one_says_so(visit, root):
     """The page may be open for days while runs come and go."""
     page = visit()
@@ -320,7 +314,6 @@ def test_a_new_run_appears_and_a_deleted_one_says_so(visit, root):
     page.locator("#text .prompt", has_text="The Duke").wait_for()  # it goes on working
 
 
-@pytest.mark.slow
 def test_keyboard_only(visit):
     """Everything on the way to a text can be reached and seen without a mouse."""
     page = visit()
@@ -342,7 +335,6 @@ def test_keyboard_only(visit):
     assert page.locator("#inside .t.here").count() == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(visit, scheme):
     """On 360 pixels nothing sticks out, the settings are closed but there, and small print can be read."""
@@ -368,7 +360,6 @@ def test_a_phone(visit, scheme):
         assert page.evaluate(contrast, selector) >= 4.5, selector  # WCAG AA
 
 
-@pytest.mark.slow
 def test_no_model_yet(visit, tmp_path):
     """A fresh checkout: the page opens and shows what to run."""
     with serving(tmp_path) as (address, _, _):

@@ -21,6 +21,7 @@ def test_the_last_line_is_one_json_object(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_wrong_names_are_refused_all_at_once(tmp_path):
     done = run_script("bench.py", "--only=encode,speed", "--vs=vllm", "--repeats=0", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -261,6 +261,7 @@ def test_q8_0_wants_multiples_of_32(tmp_path):
     assert export(directory, "f16").name == "odd-f16.gguf"
 
 
+@pytest.mark.slow
 def test_mistakes_end_with_a_message(directory, monkeypatch, tmp_path):
     """A wrong type, a missing directory, a folder that cannot be made, no gguf package: one line, exit code not 0."""
     done = run_script("export_gguf.py", f"--model={directory}", "--outtype=q4_k")
@@ -276,6 +277,7 @@ def test_mistakes_end_with_a_message(directory, monkeypatch, tmp_path):
         export(directory, "f32")
 
 
+@pytest.mark.slow
 def test_command_prints_what_to_do_next(directory):
     """The command as a user runs it, to another folder; the paths it prints exist."""
     done = run_script("export_gguf.py", f"--model={directory}", f"--out_dir={directory.parent / 'gguf'}")
@@ -432,6 +434,7 @@ def test_llamacpp_stops_at_the_models_end_token(tmp_path, llama):
     assert properties["chat_template"] == SMOLLM2_TEMPLATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["smollm", "gpt-2"])
 def test_llamacpp_tokenizes_alike(tmp_path, llama, monkeypatch, kind):
     """Hard strings and this repository's own text, through llama.cpp and through tokenizers; and back to text.

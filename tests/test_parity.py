@@ -150,6 +150,7 @@ def test_a_later_token_changes_nothing_before_it(sides):
         assert not torch.equal(x[:, 20:], y[:, 20:])
 
 
+@pytest.mark.slow
 def test_positions_up_to_8191(tmp_path):
     """The full context of the released models, in one layer: a base that is off tells most where angles are large."""
     hf, model, path = both(save_hf_directory(tmp_path / "m", lively(num_hidden_layers=1, max_position_embeddings=8192)))

@@ -162,6 +162,7 @@ def test_pieces_change_nothing(here, monkeypatch):
         assert np.array_equal(read("whole", part), read("pieces", part))
 
 
+@pytest.mark.slow
 def test_pieces_cut_anywhere_would_change_something(monkeypatch):
     """Negative control of the test above."""
     tokenizer = prepare.train_bpe([TEXT], 500)
@@ -219,6 +220,7 @@ def test_bad_input_says_why_and_leaves_what_was_there(here, text, settings, mess
     assert snapshot(here / "data/t") == before
 
 
+@pytest.mark.slow
 def test_the_same_as_a_user_sees_it(here):
     """Exit code 1, one or two lines, no traceback, no data folder."""
     (here / "empty.txt").write_text("")

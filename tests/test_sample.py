@@ -207,6 +207,7 @@ def test_sample_and_train_start_without_transformers():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_compile_is_for_a_gpu(hf_directory):
     """On a CPU decode.c computes the tokens, and compiling for half a minute would change nothing."""
     done = run_script("sample.py", f"--model={hf_directory}", "--device=cpu", "--compile=true")

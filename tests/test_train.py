@@ -151,6 +151,7 @@ def test_fine_tuning_survives_a_compiler_that_fails(here, monkeypatch, capsys):
     assert out.index("compiling failed") < out.index("eval      0") and "done: 4 steps" in out
 
 
+@pytest.mark.slow
 def test_the_rehearsal_leaves_no_trace(here, monkeypatch):
     """It computes gradients of each size of micro-batch, and discards them: the weights and the first step's gradient
     are those of a run without it. Negative control: gradients that are kept are another first step."""
