@@ -197,15 +197,21 @@ def main():
         if s.global_batch_size % world:
             raise UserError(f"--global_batch_size={s.global_batch_size} cannot be shared evenly by {world} processes.")
         with exclusive(Path(s.out_dir), "being trained in") if rank == 0 else nullcontext():
-            run = Run(s, data, rank, world, device)
-            announce(run)
-            if not nothing_left(run):
-                begin(run)
-                rehearse(run)
-                loop(run)
+            train(s, data, rank, world, device)
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
+    run = Run(s, data, rank, world, device)
+    announce(run)
+    if not nothing_left(run):
+        begin(run)
+        rehearse(run)
+        loop(run)
+    if world > 1:
+        dist.barrier()  # the first process may still be saving, or printing a sample
 
 
 # ----------------------------------------------------------------------------------------------------------------------
