@@ -6,8 +6,8 @@ Model directories, in Hugging Face's format, and state.pt, from which a training
 
 A model directory holds config.json, model.safetensors (or shards and their index), tokenizer.json and
 tokenizer_config.json. transformers, vLLM and llama.cpp read what is written here, and this reads what they write.
-load() is the only way a script gets a model. Whatever is missing, damaged or does not belong together is a UserError:
-no other weights and no other tokenizer are put in its place.
+load() is how a script gets a model with its tokenizer; from_pretrained() reads the weights alone. Whatever is missing,
+damaged or does not belong together is a UserError: no other weights and no other tokenizer are put in its place.
 """
 
 import pickle
@@ -221,6 +221,7 @@ def save_pretrained(model: SmolLM2, path, metadata: dict[str, str] | None = None
     write_json(path / "config.json", config_to_dict(model.config, model.dtype))
     write_json(path / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     tensors = {hf_name(name): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    assert all(t.is_floating_point() for t in tensors.values()), "int8 weights: save the model before quantize()"
     header = {"format": "pt", "crc32": checksum(tensors)} | (metadata or {})
     with atomic(path / "model.safetensors") as temporary:
         try:
@@ -298,7 +299,7 @@ def save_tokenizer(out_dir: Path, tokenizer_json: Path, eos_token: str, context:
 
 
 def tokenizer_config(eos_token: str, context: int) -> dict:
-    """tokenizer_config.json as transformers 5 and 4.57 both read it; any other tokenizer_class breaks one of them."""
+    """tokenizer_config.json as transformers 5 and 4.57 both read it. Version 5 drops Digits for GPT2Tokenizer."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eos_token,

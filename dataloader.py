@@ -41,9 +41,9 @@ class Rows:
     the end, and visits them in an order of its own. Over an epoch every token is predicted once, but for a remainder
     shorter than a block.
 
-    noise: the share of the inputs, never of the targets, that becomes a token drawn from the whole vocabulary, another
-    in every epoch: "blank noising" without the blank (https://arxiv.org/abs/1703.02573). A text that is read many times
-    is then never the same twice.
+    noise: the share of the inputs, never of the targets, that becomes a token drawn from the whole vocabulary, a
+    different one in every epoch: "blank noising" without the blank (https://arxiv.org/abs/1703.02573). A text that is
+    read many times is then never the same twice.
     """
 
     def __init__(self, file, tokens: int, block_size: int, seed: int, noise: float = 0.0, vocab_size: int = 0):
@@ -52,7 +52,7 @@ class Rows:
                 f"{file} has {tokens:,} tokens; --block_size={block_size} needs {block_size + 1:,}. Use more text, or "
                 f"--block_size={max(1, tokens - 1)} or less."
             )
-        self.file = open(file, "rb")  # read by position: the pages of a mapped file would count as used memory
+        self.file = open(file, "rb")  # not np.memmap: its pages would count as memory of this process
         self.tokens, self.T, self.seed, self.noise, self.vocab_size = tokens, block_size, seed, noise, vocab_size
         self.per_epoch = tokens // block_size
         self.epoch = -1
@@ -81,7 +81,7 @@ class Rows:
                 random = np.random.Generator(np.random.PCG64([self.seed, row, 1]))
                 hit = random.random(self.T) < self.noise
                 inputs[i, hit] = random.integers(self.vocab_size, size=hit.sum())
-        return move(torch.from_numpy(inputs), device), move(torch.from_numpy(data[:, 1:]), device)
+        return to_device(torch.from_numpy(inputs), device), to_device(torch.from_numpy(data[:, 1:]), device)
 
 
 def validation_rows(file, tokens: int, block_size: int, limit: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def validation_rows(file, tokens: int, block_size: int, limit: int) -> torch.Ten
     return torch.from_numpy(rows)
 
 
-def move(tensor: torch.Tensor, device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     """The tensor on `device`; from pinned memory the copy to a GPU runs beside the computation."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

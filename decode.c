@@ -1,7 +1,7 @@
 /*
 One token through SmolLM2 on a CPU: model.py's forward pass for one row, written for the memory it has to read.
 
-decode.py compiles this file when it is first needed, in about a second, and calls step(). What one token costs is a
+decode.py compiles this file when it is first needed, in half a second, and calls step(). What one token costs is a
 walk over all weights, once, with two operations for each: the processor waits for memory. PyTorch adds to that some
 700 calls with a few microseconds each and products that were made for many rows; here there is one call, and each
 thread reads its share of every matrix from front to back. Activations are fp32 throughout, whatever the weights are.

@@ -132,7 +132,8 @@ def undo_compile(model: SmolLM2):
 
 
 def compile_for_generation(model: SmolLM2):
-    """The same for generate() on a GPU: the lengths may change without compiling again. (A CPU has decode.c.)"""
+    """torch.compile each block and the head for generate() on a GPU: the lengths may change without compiling again. (A
+    CPU has decode.c.)"""
     for layer in model.layers:
         layer.compile(dynamic=True)
     model.head = torch.compile(model.head, dynamic=True)
@@ -140,12 +141,13 @@ def compile_for_generation(model: SmolLM2):
 
 def keep_freed_memory():
     """Have malloc keep what is freed and use it again. By default glibc returns large blocks to the system at once, and
-    every step has the same gigabytes mapped, and zeroed page by page, anew: up to a tenth of a training step.
+    every step maps and zeroes the same gigabytes again: up to a tenth of a training step.
     Call it at the start of a process; it does nothing where the C library is another."""
     if platform.libc_ver()[0] == "glibc":
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from malloc.h
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap cut short when its end is free
+        libc.mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the heap is not cut short when its end is free
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """
-Files that are whole or not there: atomic and durable writes, JSON, hashes, and the lock of a folder.
+Files that are whole or not there: atomic and durable writes, JSON, hashes, the lock of a folder, the log of a run.
 
     with atomic("out/run/config.json") as temporary: temporary.write_text(...)
     with exclusive(Path("out/run"), "being trained in"): ...
@@ -9,6 +9,7 @@ This file imports no torch, so that prepare.py starts at once.
 
 import hashlib
 import json
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,3 +80,33 @@ def exclusive(folder: Path, doing: str):
         yield
     finally:
         lock.release()
+
+
+class Log:
+    """log.jsonl: one line per log step, evaluation and sample. After a resume, lines beyond its step are dropped: those
+    steps are about to happen again."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if self.step_of(line) <= step]
+            with atomic(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    @staticmethod
+    def step_of(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return math.inf  # half a line, from a kill
+
+    def write(self, **entry):
+        for key, value in entry.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                entry[key] = None  # JSON has no NaN
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            print(f"!! {self.path} could not be written ({error}); training goes on")

@@ -17,7 +17,7 @@ References
   SwiGLU:  https://arxiv.org/abs/2002.05202            RMSNorm: https://arxiv.org/abs/1910.07467
 
 Shapes: B batch, T time (tokens in this call), S all positions seen so far, C hidden, H query heads, K key/value
-heads, G = H / K query heads per key/value head, D head dim, V vocabulary.
+heads, D head dim, V vocabulary. G = H / K query heads share a key/value head.
 """
 
 import math
@@ -109,14 +109,14 @@ class RMSNorm(nn.Module):
 def rope_tables(config: SmolLM2Config, device=None):
     """cos and sin of every position's rotation angles, fp32, (max_position_embeddings, D) each.
 
-    Pair i of the D/2 pairs turns by position * theta^(-2i/D) radians: the first pairs turn fast and tell neighbours
-    apart, the last ones turn once in thousands of tokens. The arithmetic, fp32 and in this order, is transformers'.
+    Pair i of the D/2 pairs turns by position * theta^(-2i/D) radians: the first pairs turn once in 6 tokens and tell
+    neighbours apart, the last ones once in 400,000. The arithmetic, fp32 and in this order, is transformers'.
     """
     D = config.head_dim
     frequency = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D))
     position = torch.arange(config.max_position_embeddings, device=device, dtype=torch.float32)
-    angle = torch.outer(position, frequency)  # (S, D/2)
-    angle = torch.cat((angle, angle), dim=-1)  # (S, D): dimension i pairs with i + D/2, "split-half"
+    angle = torch.outer(position, frequency)  # (positions, D/2)
+    angle = torch.cat((angle, angle), dim=-1)  # (positions, D): dimension i pairs with i + D/2, "split-half"
     return angle.cos(), angle.sin()
 
 
@@ -132,8 +132,8 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        # model.to(torch.bfloat16) would cast these buffers too. bf16 keeps three digits of cos and sin, so the slow
-        # pairs, which turn by a ten-thousandth of a radian a position, would not tell neighbouring positions apart.
+        # model.to(torch.bfloat16) would cast these buffers too. bf16 keeps two or three digits of cos and sin, so the
+        # slow pairs, which turn by less than a thousandth of a radian a position, would not tell neighbours apart.
         # Let it move the buffers, then compute again what it rounded.
         super()._apply(fn, recurse)
         if self.cos.dtype != torch.float32:
@@ -268,7 +268,7 @@ class NoDefaultInit(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return (*args, *(kwargs or {}).values())[0]  # the tensor, untouched
+            return args[0] if args else kwargs["tensor"]  # as it is
         return function(*args, **(kwargs or {}))
 
 
@@ -332,9 +332,9 @@ class SmolLM2(nn.Module):
         x = self.norm(x)
         if loss_only:
             assert targets is not None, "loss_only needs targets"
-            head = self.embed_tokens if self.lm_head is None else self.lm_head
-            return None, ops.cross_entropy_in_pieces(x, head.weight, targets)
-        logits = self.head(x[:, -logits_to_keep:])  # -0 keeps all
+            weight = (self.lm_head or self.embed_tokens).weight
+            return None, ops.cross_entropy_in_pieces(x, weight, targets)
+        logits = self.head(x[:, -logits_to_keep:])  # x[:, -0:] is all of x
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # ignore_index is -100

@@ -27,12 +27,14 @@ def attend_in_blocks(q, k, v, start: int):
 
     q (B, H, T, D) at positions start .. start+T-1, k and v (B, K, S, D) with S = start + T -> (B, H, T, D).
 
-    One block of queries at a time, over the keys that the block may see: the scores above the diagonal are never
-    computed, and those of a block stay in the cache. The G query heads that share a key/value head are stacked as rows
-    of one product, so keys and values are not repeated.
+    One block of queries at a time, over the keys that the block may see: of the scores above the diagonal only those
+    inside a block are computed (and masked), and a block stays in the cache. The G query heads that share a key/value
+    head are stacked as rows of one product, so keys and values are not repeated.
     """
-    (B, H, T, D), K, out = q.shape, k.size(1), []
+    B, H, T, D = q.shape
+    K = k.size(1)
     G = H // K
+    out = []  # (B, H, t, D) of each block
     q = (q * D**-0.5).view(B, K, G, T, D)
     for a in range(0, T, QUERY_BLOCK):
         t = min(QUERY_BLOCK, T - a)

@@ -4,9 +4,10 @@ int8 weights: one byte a weight instead of two, from outside the model.
     from quantize import quantize
     quantize(model)                                  # in place, for inference only; sample.py --quantize=int8
 
-Generating one token reads every weight once and does little else, so half the bytes is half the time. Each matrix
-becomes int8 numbers with one scale per row, and its module is replaced by one that widens them as it multiplies.
-Activations run in bfloat16. decode.c reads the int8 numbers directly.
+Generating one token reads every weight once and does little else, so half the bytes is half the time. That holds in
+decode.c, which reads the int8 numbers directly. Each matrix becomes int8 numbers with one scale per row, and its module
+is replaced by one that widens the matrix before it multiplies, which saves memory but no time. Activations run in
+bfloat16.
 
 Shapes: N rows, C columns of a matrix; B batch, T time, V vocabulary.
 """
@@ -18,15 +19,13 @@ import torch.nn.functional as F
 from config import UserError
 from model import SmolLM2
 
-KINDS = ("int8",)
-
 
 def int8_rows(weight):  # (N, C) -> int8 (N, C) and bf16 (N,): weight is about int8 * scale, row by row
     """Round each row to 127 steps on either side of 0. The scale is rounded to bf16 first, upwards, and the weights are
-    quantised with the rounded one: so its rounding costs nothing, and no weight needs more than 127 steps."""
+    quantised with the rounded one, so that its rounding adds no error and no weight needs more than 127 steps."""
     exact = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
     scale = exact.to(torch.bfloat16)
-    scale = torch.where(scale.float() < exact, scale * (1 + 2**-7), scale)
+    scale = torch.where(scale.float() < exact, scale * (1 + 2**-7), scale)  # one step of bf16 up
     return (weight.float() / scale.float()[:, None]).round().to(torch.int8), scale
 
 
@@ -58,8 +57,8 @@ class Int8Embedding(nn.Module):
 def quantize(model: SmolLM2, kind: str = "int8") -> SmolLM2:
     """Make every matrix of `model` int8, in place, and return it. A tied head shares the embedding's numbers.
     UserError for another kind."""
-    if kind not in KINDS:
-        raise UserError(f"quantize={kind!r}: only {', '.join(map(repr, KINDS))} is implemented.")
+    if kind != "int8":
+        raise UserError(f"quantize={kind!r}: only 'int8' is implemented.")
     model.to(torch.bfloat16)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

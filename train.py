@@ -2,7 +2,7 @@
 Train SmolLM2 from scratch, or from released weights, on what prepare.py made. Stop it any time; it goes on from there.
 
     python train.py config/tiny_shakespeare.py                  # a small model, four minutes on two CPU cores
-    python train.py config/smol_shakespeare.py                  # the full 135M shape, twenty minutes
+    python train.py config/smol_shakespeare.py                  # the full 135M shape, about 25 minutes
     python train.py config/smol_shakespeare.py --max_iters=5000 # the same run again, longer: it resumes
     python train.py config/finetune_smollm2.py                  # from the released weights
     torchrun --standalone --nproc_per_node=8 train.py config/smol_135m.py
@@ -11,10 +11,10 @@ out/RUN/ is at every moment a Hugging Face model directory with the best model s
 it lie state.pt, everything a resume needs, and log.jsonl. The data are prepared first if they are not there.
 
 A step is `global_batch_size` rows of `block_size` tokens, however many processes and micro-batches share the work: the
-rows are a function of seed and step alone, so splitting them otherwise, or stopping and going on, changes nothing.
+rows are a function of seed and step alone, so splitting them otherwise changes nothing but rounding, and stopping and
+going on changes nothing at all.
 """
 
-import json
 import math
 import os
 import signal
@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 from checkpoint import find, load, load_state, read_config, read_tokenizer, save_pretrained, save_state, save_tokenizer
 from config import UserError, guard, override
-from dataloader import Rows, find_data, move, validation_rows
+from dataloader import Rows, find_data, to_device, validation_rows
 from device import (
     compile_for_training,
     join_processes,
@@ -44,7 +44,7 @@ from device import (
     pick_device,
     undo_compile,
 )
-from files import atomic, exclusive, file_sha256
+from files import Log, exclusive, file_sha256
 from model import SmolLM2, SmolLM2Config
 from sample import generate
 
@@ -57,7 +57,7 @@ class Settings:
     #                          or a model directory or hub id to fine-tune
     accept_changes: str = ""  # settings, comma-separated, that may differ from those of the run that is resumed
     eval_interval: int = 100  # steps between evaluations; each saves state.pt, and the model if it is the best so far
-    eval_rows: int = 2000  # evaluate on all of the validation split, or on this many rows spread evenly over it
+    eval_rows: int = 2000  # at most this many validation rows, spread evenly; all of them if there are fewer
     patience: int = 0  # stop after this many evaluations without improvement; 0 never
     log_interval: int = 10  # steps between log lines
     sample_interval: int = 0  # steps between printed samples of text, a multiple of eval_interval; 0 none
@@ -73,10 +73,10 @@ class Settings:
     lr_schedule: str = "cosine"  # cosine; wsd (warmup, stable, linear decay: SmolLM2's own); constant
     lr_decay_iters: int = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first start
     decay_fraction: float = 0.2  # wsd: how much of the run decays; SmolLM2 took the last fifth
-    token_noise: float = 0.0  # share of input tokens replaced by random ones: against learning a short text by heart
+    token_noise: float = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
     weight_decay: float = 0.1  # on matrices only; norm weights are left alone
-    beta1: float = 0.9  # memory of the gradient
-    beta2: float = 0.95  # shorter memory than the usual 0.999: steadier where batches are small
+    beta1: float = 0.9  # decay of AdamW's average of the gradient
+    beta2: float = 0.95  # decay of its average of the squared gradient: 0.999 is usual, less is steadier here
     grad_clip: float = 1.0  # largest gradient norm; 0 leaves it as it is
     seed: int = 1337  # of the first weights and the order of the rows
     # the machine
@@ -116,14 +116,14 @@ class Progress:
     best_step: int = -1
     since_best: int = 0  # evaluations since then
     skipped: int = 0  # steps without a finite loss and gradient
-    seconds: float = 0.0  # spent in steps
+    seconds: float = 0.0  # spent in steps, and in compiling
     recent_loss: float | None = None  # moving average of the training loss
     lr_decay_iters: int = 0  # the step at which the schedule ends
     compile: bool | None = None  # whether the run began with compiled blocks
 
 
 class Run:
-    """What a run is made of: data, model and optimizer, resumed or new. Nothing is written yet."""
+    """What a run is made of: data, model and optimizer, resumed or new. The run's folder is not written to yet."""
 
     def __init__(self, s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
         self.s, self.rank, self.world, self.device = s, rank, world, device
@@ -154,7 +154,7 @@ class Run:
 
         # the model: resumed, new, or read from the directory that is fine-tuned
         torch.manual_seed(s.seed)
-        self.model, self.source_dir = make_model(self, state)
+        self.model, self.source_dir = make_model(s, self.meta, self.folder, self.out_dir, state)
         self.model.to(device).train()
 
         # the optimizer and the precision of matrix products; weights are float32
@@ -173,15 +173,15 @@ class Run:
 
         # rows of a step: all, this process's share, and how many go through the model at a time
         self.step_tokens = s.global_batch_size * s.block_size
-        self.mine = s.global_batch_size // world
-        self.micro = min(s.micro_batch_size, self.mine)
+        self.rows_here = s.global_batch_size // world
+        self.micro = min(s.micro_batch_size, self.rows_here)
 
         # how fast the device could be, and whether compiling pays
         self.peak, self.peak_source = peak_flops(device, self.dtype, s.peak_tflops)
         work = s.max_iters * self.step_tokens * self.model.flops_per_token(s.block_size) / world
         self.compiled, self.compile_reason = pick_compile(s.compile, device, work, self.peak)
         if s.compile == "auto" and self.p.compile is not None:
-            self.compiled, self.compile_reason = self.p.compile, "as this run began"
+            self.compiled, self.compile_reason = self.p.compile, "as when this run began"
 
         # the command that continues this run
         arguments = " ".join(sys.argv)
@@ -204,9 +204,10 @@ def main():
 
 
 def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
+    """One run, or what is left of it. A function of its own, so that DDP is gone before the processes part."""
     run = Run(s, data, rank, world, device)
     announce(run)
-    if not nothing_left(run):
+    if not already_finished(run):
         begin(run)
         rehearse(run)
         loop(run)
@@ -290,8 +291,8 @@ def loop(run: Run):
 
 def micro_batches(run: Run, step: int) -> list[range]:
     """The row numbers of this process's share of a step, micro-batch by micro-batch; the last may be shorter."""
-    begin = step * run.s.global_batch_size + run.rank * run.mine
-    end = begin + run.mine
+    begin = step * run.s.global_batch_size + run.rank * run.rows_here
+    end = begin + run.rows_here
     return [range(a, min(a + run.micro, end)) for a in range(begin, end, run.micro)]
 
 
@@ -302,7 +303,7 @@ def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
     with nullcontext() if run.world == 1 or last else run.trained.no_sync():
         with run.autocast():
             _, loss = run.trained(inputs, targets, loss_only=True)
-        loss = loss * (len(batch) / run.mine)
+        loss = loss * (len(batch) / run.rows_here)
         run.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -426,7 +427,7 @@ def evaluate(model, rows, batch_size, autocast, rank=0, world=1, stopping=lambda
         inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
         count = int((targets != -100).sum())
         with autocast():
-            _, loss = model(move(inputs, model.device), move(targets, model.device), loss_only=True)
+            _, loss = model(to_device(inputs, model.device), to_device(targets, model.device), loss_only=True)
         total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
     if world > 1:
         reduced = torch.cat((total, torch.tensor([float(stopping())], dtype=torch.float64))).to(model.device)
@@ -439,12 +440,11 @@ def evaluate(model, rows, batch_size, autocast, rank=0, world=1, stopping=lambda
 
 def print_sample(run: Run):
     """A hundred tokens after a line break, by model.py itself, so that a change of the architecture shows."""
-    tokenizer = read_tokenizer(run.folder)
-    prompt = tokenizer.encode("\n", add_special_tokens=False).ids or [run.meta["eos_token_id"]]
+    prompt = run.tokenizer.encode("\n", add_special_tokens=False).ids or [run.meta["eos_token_id"]]
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
         steps = generate(run.model, prompt, max_new_tokens=100, seed=run.p.step, use_c=False)
-        text = tokenizer.decode([int(ids) for ids in steps])
+        text = run.tokenizer.decode([int(ids) for ids in steps])
     run.model.train()
     run.say("     " + text.strip().replace("\n", "\n     "))
     run.log.write(step=run.p.step, sample=text)
@@ -454,12 +454,12 @@ def print_sample(run: Run):
 # before the loop
 
 
-def make_model(run: Run, state: dict | None) -> tuple[SmolLM2, Path | None]:
+def make_model(s: Settings, meta: dict, folder: Path, out_dir: Path, state: dict | None) -> tuple[SmolLM2, Path | None]:
     """The model in fp32, and the directory it is fine-tuned from, None where it is resumed or new."""
-    s, meta, source_dir = run.s, run.meta, None
+    source_dir = None
     if state is not None:
         # the weights are in state.pt: the directory holds the best model, which may be an older one
-        model = SmolLM2(read_config(run.out_dir))
+        model = SmolLM2(read_config(out_dir))
         model.load_state_dict(state["model"])
     elif s.init_from in ("auto", "scratch"):
         same = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
@@ -477,8 +477,8 @@ def make_model(run: Run, state: dict | None) -> tuple[SmolLM2, Path | None]:
         model, _ = load(source_dir, dtype=torch.float32)  # whatever the file holds
         if file_sha256(source_dir / "tokenizer.json") != meta["tokenizer_sha256"]:
             raise UserError(
-                f"{run.folder} was made with another tokenizer than {s.init_from} has. Make it with: python prepare.py "
-                f"--dataset={run.folder.name} --tokenizer={s.init_from}"
+                f"{folder} was made with another tokenizer than {s.init_from} has. Make it with: python prepare.py "
+                f"--dataset={folder.name} --tokenizer={s.init_from}"
             )
     limit = model.config.max_position_embeddings
     if s.block_size > limit:
@@ -491,12 +491,13 @@ def announce(run: Run):
     s, p, say, meta = run.s, run.p, run.say, run.meta
     n = run.model.num_parameters()
     steps_per_epoch = meta["train_tokens"] / run.step_tokens
+    accumulation = math.ceil(run.rows_here / run.micro)
     say(
         f"data     {run.folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens"
     )
     say(f"model    {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
     say(
-        f"step     micro-batch {run.micro} x accumulation {math.ceil(run.mine / run.micro)} x processes {run.world} = "
+        f"step     micro-batch {run.micro} x accumulation {accumulation} x processes {run.world} = "
         f"{s.global_batch_size} rows x {s.block_size} tokens = {run.step_tokens:,} tokens"
     )
     say(f"epochs   {steps_per_epoch:.1f} steps each, {s.max_iters / steps_per_epoch:.1f} in {s.max_iters:,} steps")
@@ -512,7 +513,7 @@ def announce(run: Run):
             say(f"         the schedule ended at step {p.lr_decay_iters:,}; the rest runs at {s.min_lr:g}")
 
 
-def nothing_left(run: Run) -> bool:
+def already_finished(run: Run) -> bool:
     """Whether the run had come to its end before; prints what would continue it."""
     s, p = run.s, run.p
     if p.step >= s.max_iters and p.evaluated == p.step:
@@ -545,30 +546,34 @@ def begin(run: Run):
     if run.compiled:  # in place, so no name gets a prefix
         compile_for_training(model)
     run.trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if run.world > 1 else model
+    run.tokenizer = read_tokenizer(run.folder)
     run.stop = StopSignal(run.say)
 
 
 def rehearse(run: Run):
-    """Try forward and backward on the sizes of micro-batch that the run has, and discard the gradients. Where memory is
-    too small or compiling fails, that shows here, before the first evaluation, and is mended with a message."""
+    """Try forward and backward before the first evaluation, and discard the gradients. Where memory is too small or
+    compiling fails, that shows here, and is mended with a message."""
     started = time.perf_counter()
     while True:
+        batches = micro_batches(run, run.p.step)
         try:
-            for batch in {len(batch): batch for batch in micro_batches(run, run.p.step)}.values():
+            # the first two, since the second runs beside the gradients of the first; the last may be shorter
+            for batch in batches[:2] + batches[2:][-1:]:
                 forward_backward(run, batch, last=True)
             break
         except Exception as error:
-            mend(run, error)
+            recover(run, error)
         run.optimizer.zero_grad(set_to_none=True)
         if run.device.startswith("cuda"):
             torch.cuda.empty_cache()
     run.optimizer.zero_grad(set_to_none=True)
     run.p.compile = run.compiled
+    run.p.seconds += time.perf_counter() - started
     if run.compiled:
-        run.say(f"         compiled in {time.perf_counter() - started:.0f} s")
+        run.say(f"         compiled and tried in {time.perf_counter() - started:.0f} s")
 
 
-def mend(run: Run, error: Exception):
+def recover(run: Run, error: Exception):
     """Halve the micro-batch after running out of memory; go on without compiling where it was not asked for. Any other
     error is raised again, and so is every error of one process among several."""
     s = run.s
@@ -630,7 +635,7 @@ def check_resume(state: dict, s: Settings, facts: dict, path: Path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# stopping, saving, logging
+# stopping and saving
 
 
 class StopSignal:
@@ -657,36 +662,6 @@ def save(run: Run):
         save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), asdict(run.s), run.facts)
     except OSError as error:
         run.say(f"!! {file} could not be written ({error}); the previous one is kept and training goes on")
-
-
-class Log:
-    """log.jsonl: one line per log step, evaluation and sample. After a resume, lines beyond its step are dropped: those
-    steps are about to happen again."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if self.step_of(line) <= step]
-            with atomic(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    @staticmethod
-    def step_of(line: str) -> float:
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            return math.inf  # half a line, from a kill
-
-    def write(self, **entry):
-        for key, value in entry.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                entry[key] = None  # JSON has no NaN
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            print(f"!! {self.path} could not be written ({error}); training goes on")
 
 
 if __name__ == "__main__":

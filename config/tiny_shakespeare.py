@@ -1,4 +1,4 @@
-# A small SmolLM2 on Shakespeare: about three minutes on two CPU cores.
+# A small SmolLM2 on Shakespeare: three to four minutes on two CPU cores.
 #   python train.py config/tiny_shakespeare.py
 out_dir = "out/tiny_shakespeare"
 dataset = "shakespeare_1k"
@@ -14,11 +14,11 @@ num_key_value_heads = 2
 block_size = 128
 global_batch_size = 16  # many small steps beat few big ones at this scale
 micro_batch_size = 16
-max_iters = 1200  # six times through the text; more of them, even three times as many, learn it by heart
+max_iters = 1200  # six times through the text; more of them, even three times as many, memorize it
 learning_rate = 4e-3
 min_lr = 1e-4
 warmup_iters = 50
-weight_decay = 0.5  # with the noise, against learning by heart: 2.13 bits per byte without the two, at its best
+weight_decay = 0.5  # with the noise, against memorizing: 2.13 bits per byte without the two, at its best
 token_noise = 0.1
 
 eval_interval = 300

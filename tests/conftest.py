@@ -33,6 +33,15 @@ def fresh_torch_state():
     torch.set_default_dtype(torch.float32)
 
 
+def tiny(**changes):
+    """A random SmolLM2 of the TINY shape (with `changes` to its config), fp32, in eval mode."""
+    from checkpoint import config_from_dict
+    from model import SmolLM2
+
+    torch.manual_seed(0)
+    return SmolLM2(config_from_dict({"model_type": "llama"} | TINY | changes)).eval()
+
+
 def tiny_hf(seed: int = 0, **changes):
     """A random LlamaForCausalLM of the TINY shape (with `changes` to its LlamaConfig), fp32, in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM

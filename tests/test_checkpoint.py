@@ -7,13 +7,42 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, run_script
+from conftest import ROOT, TEXT, run_script, tiny
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 from checkpoint import from_pretrained, load, save_pretrained
 from config import UserError
 from files import atomic, exclusive, file_sha256, read_json, write_json
 from prepare import train_bpe
+
+
+def test_saved_and_loaded_is_bit_equal(tmp_path):
+    """Config and logits, tied and untied; loaded as bf16, the tables of RoPE stay fp32."""
+    for tied in (True, False):
+        model = tiny(tie_word_embeddings=tied)
+        save_pretrained(model, tmp_path)
+        again = from_pretrained(tmp_path)
+        ids = torch.randint(0, 512, (2, 20))
+        assert again.config == model.config and torch.equal(again(ids)[0], model(ids)[0])
+        half = from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert half.dtype == torch.bfloat16 and half.rotary.cos.dtype == torch.float32
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_weights(tmp_path, monkeypatch):
+    """safetensors reports a full disk as an error class of its own; callers must be able to catch OSError."""
+    model = tiny()
+    save_pretrained(model, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path, metadata: real(tensors, "/dev/full", metadata))
+    with torch.no_grad():
+        model.norm.weight += 1
+    with pytest.raises(OSError):
+        save_pretrained(model, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def alter(path, change):

@@ -87,7 +87,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         return decoded(model)
 
-    found = [by(threads) for threads in (1, 2, 3)]  # the first also proves the model, which must leave no trace
+    found = [by(threads) for threads in (1, 2, 3)]  # the first also compares with model.py, which must leave no trace
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 

@@ -54,15 +54,6 @@ def snapshot(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 
-def test_torch_is_not_imported():
-    """Preparing text must start at once: importing torch takes longer than all the rest of it."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    imported = done.stdout.split()
-    assert "tokenizers" in imported, "the list is of what prepare.py imports"
-    assert not {"torch", "transformers", "huggingface_hub"} & set(imported)
-
-
 def test_fast_encoder_gives_the_ids_of_tokenizers():
     """tiktoken works with our own pattern and ranks; both must cut and merge as Digits + ByteLevel do, on any text."""
     tokenizer = prepare.train_bpe([TEXT, *HARD], 600)

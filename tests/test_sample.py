@@ -1,11 +1,8 @@
 """sample.py: each filter against a distribution worked out by hand; generation against the plainest way to do it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny_hf
+from conftest import TEXT, run_script, save_hf_directory, tiny_hf
 
 import sample
 from checkpoint import read_tokenizer
@@ -199,16 +196,19 @@ def test_the_command_prints_the_prompt_and_its_continuation(hf_directory):
 
 
 @pytest.mark.slow
-def test_sample_and_train_start_without_transformers():
-    """transformers costs seconds to import and is not needed to train or sample."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, sample; assert 'transformers' not in sys.modules"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.slow
 def test_compile_is_for_a_gpu(hf_directory):
     """On a CPU decode.c computes the tokens, and compiling for half a minute would change nothing."""
     done = run_script("sample.py", f"--model={hf_directory}", "--device=cpu", "--compile=true")
     assert done.returncode == 1 and "--compile=true is for a GPU" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_compile_reaches_the_model(hf_directory, monkeypatch, capsys):
+    """--compile=true compiles before the first token. (That the compiled model is the same: tests/test_device.py.)"""
+    compiled = []
+    monkeypatch.setattr(sample, "compile_for_generation", compiled.append)
+    flags = [f"--model={hf_directory}", "--device=cpu", "--max_new_tokens=3", "--use_c=False"]
+    for more, expected in ((["--compile=true"], 1), ([], 0)):
+        compiled.clear()
+        monkeypatch.setattr("sys.argv", ["sample.py", *flags, *more])
+        sample.main()
+        assert len(compiled) == expected

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny_hf
 
 import checkpoint
 import dataloader
-import device
 import prepare
 import sample
 import train
@@ -169,12 +169,13 @@ def test_the_rehearsal_leaves_no_trace(here, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(device.shutil.which, ("g++", "c++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++"))), reason="torch.compile needs a C++ compiler")
 def test_compiled_and_eager_train_alike_and_write_the_same_names(here, monkeypatch):
     """Blocks compiled in place: no _orig_mod prefix anywhere, and the same losses within rounding."""
     go(monkeypatch, "--max_iters=4")
     go(monkeypatch, "--max_iters=4", "--compile=on", "--out_dir=out/c")
     assert state("out/c")["model"].keys() == state()["model"].keys()
+    assert [state(run)["progress"]["compile"] for run in ("out/t", "out/c")] == [False, True]
     for step, loss in log().items():
         assert abs(log("out/c")[step] - loss) < 1e-3
     checkpoint.load("out/c")
@@ -533,6 +534,35 @@ def test_five_bad_steps_in_a_row_end_the_run_with_the_checkpoint_whole(here, mon
 
 
 @pytest.mark.slow
+def test_out_of_memory_beside_gradients_is_found_before_the_first_step(here, monkeypatch, capsys):
+    """With accumulation the second micro-batch runs beside the gradients of the first: that is where memory ends."""
+    real = train.SmolLM2.forward
+
+    def forward(self, input_ids, *arguments, **kw):
+        if self.training and len(input_ids) > 2 and self.norm.weight.grad is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(self, input_ids, *arguments, **kw)
+
+    monkeypatch.setattr(train.SmolLM2, "forward", forward)
+    go(monkeypatch, "--micro_batch_size=4", "--max_iters=4")
+    out = capsys.readouterr().out
+    assert out.index("micro-batch 2 from here on") < out.index("step      1 ") and "done: 4 steps" in out
+
+
+def test_a_run_needs_its_data_folder_for_tokens_alone(here, monkeypatch):
+    """The tokenizer is read before the first step: a folder that is prepared again, or moved away, ends no run."""
+    real = train.learning_rate_at
+
+    def moving(at, *rest):
+        if at == 2:
+            os.rename("data/t/tokenizer.json", "data/t/gone.json")
+        return real(at, *rest)
+
+    monkeypatch.setattr(train, "learning_rate_at", moving)
+    go(monkeypatch, "--sample_interval=4", "--max_iters=4")
+    assert list(log(key="sample")) == [4]
+
+
 def test_out_of_memory_at_the_first_step_halves_the_micro_batch(here, monkeypatch, capsys):
     """The rows of a step stay the same, so the losses do."""
     go(monkeypatch)

@@ -1,5 +1,5 @@
 """
-The promises of train.py under real violence, minutes long, outside the normal suite.
+The promises of train.py, tested by real kills and a full disk: minutes long, outside the normal suite.
 
     python tests/tools/stress.py                  # everything: about ten minutes on two cores
     python tests/tools/stress.py --kills=10       # fewer kills
@@ -7,7 +7,7 @@ The promises of train.py under real violence, minutes long, outside the normal s
 It trains a small model in a folder of its own and (1) kills it with SIGKILL at fifty random instants, while training,
 evaluating and saving, checking after each kill that the model directory loads, here and in transformers, and that no
 more than one checkpoint interval is lost; (2) fills the disk under it; (3) stops it by signals at random steps; (4)
-splits the work otherwise, over micro-batches and processes, changing horses in mid-stream. Each time the result is
+splits the work otherwise, over micro-batches and processes, also from one resume to the next. Each time the result is
 compared with a run that nobody disturbed, to the last bit where one process computed it.
 """
 

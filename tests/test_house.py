@@ -1,0 +1,77 @@
+"""Which script imports which: an arrow never turns back, and what starts at once loads little."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+ORDER = "config files ops model quantize device checkpoint decode sample".split()  # each may import those before it
+DATA = ["prepare", "dataloader"]
+MAY_IMPORT = {name: ORDER[:i] for i, name in enumerate(ORDER)} | {
+    "prepare": ["config", "files"],  # no torch: it must start at once
+    "dataloader": ["config", "files", "prepare"],
+    "train": ORDER + DATA,
+    "verify_hf": ORDER + DATA + ["train"],
+    "export_gguf": ORDER + DATA + ["train"],
+    "app": ORDER + DATA + ["train"],
+    "bench": ORDER + DATA + ["train", "export_gguf"],
+}
+
+
+def imported(source: str) -> set[str]:
+    """The first part of every name that a module imports at its top level, also below an `if` or a `try` there."""
+    found, nodes = set(), list(ast.parse(source).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def forbidden_imports(name: str, source: str) -> set[str]:
+    """The project's modules that `name` imports and may not."""
+    return imported(source) & set(MAY_IMPORT) - set(MAY_IMPORT[name])
+
+
+def test_no_script_imports_what_comes_after_it():
+    """An import that turns back makes two files one: neither can be read, tested or started without the other."""
+    files = {file.stem: file for file in ROOT.glob("*.py")} | {"config": ROOT / "config" / "__init__.py"}
+    assert set(files) == set(MAY_IMPORT), "a script is missing in the table, or the table names one that is not there"
+    for name, file in files.items():
+        source = file.read_text(encoding="utf-8")
+        assert not forbidden_imports(name, source), f"{name} imports {forbidden_imports(name, source)}"
+        if name != "verify_hf":
+            assert "transformers" not in imported(source), f"{name} imports transformers at the top"
+
+
+@pytest.mark.parametrize(
+    "name, source, found",
+    [
+        ("files", "import json\nfrom sample import generate", {"sample"}),
+        ("ops", "import model as m, math", {"model"}),
+        ("model", "import ops\nfrom config import UserError", set()),
+        ("prepare", "try:\n    pass\nexcept ImportError:\n    import checkpoint", {"checkpoint"}),
+        ("app", "class A:\n    import bench", {"bench"}),
+        ("sample", "def main():\n    import train", set()),  # in a function it costs nothing before it is called
+    ],
+)
+def test_control_imports(name, source, found):
+    """The test above must see an import that turns back, wherever it stands at the top level."""
+    assert forbidden_imports(name, source) == found
+
+
+@pytest.mark.parametrize(
+    "statement, absent, present",
+    [("import prepare", "torch", "tokenizers"), ("import sample, train", "transformers", "torch")],
+)
+def test_what_starting_does_not_load(statement, absent, present):
+    """torch takes over a second to import, and transformers several: who does not need one must not wait for it."""
+    code = f"import sys; {statement}; print({absent!r} in sys.modules, {present!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stdout + done.stderr

@@ -1,0 +1,67 @@
+"""quantize.py: int8 rows, the modules that replace a model's, and a tied head that shares the embedding's numbers."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny
+
+from config import UserError
+from quantize import Int8Embedding, Int8Linear, int8_rows, quantize
+
+
+def test_int8_rows_are_within_half_a_step():
+    """No row needs more than 127 steps and no weight is off by more than half of one, plus nothing for the scale."""
+    weight = torch.randn(64, 48) * torch.logspace(-4, 2, 64)[:, None]
+    weight[5] = 0
+    q, scale = int8_rows(weight)
+    assert q.dtype == torch.int8 and scale.dtype == torch.bfloat16 and q.abs().max() <= 127
+    assert ((q.float() * scale.float()[:, None] - weight).abs() <= 0.5001 * scale.float()[:, None]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_widened_int8_is_the_plain_product(rows, dtype, tolerance):
+    """Few rows or many: the product with the matrix that the int8 numbers and scales stand for; the embedding too."""
+    q, scale = int8_rows(torch.randn(40, 48))
+    weight = q.float() * scale.float()[:, None]
+    x = torch.randn(rows, 48).to(dtype)
+    plain, found = x.float() @ weight.T, Int8Linear(q, scale)(x)
+    allowed = tolerance * float(plain.std())
+    assert found.shape == (rows, 40) and (found.float() - plain).abs().max() < allowed
+    shifted = Int8Linear(q, scale.roll(1))(x)  # negative control: each row with its neighbour's scale
+    assert (shifted.float() - plain).abs().max() > allowed
+    ids = torch.randint(0, 40, (2, rows))
+    assert torch.equal(Int8Embedding(q, scale)(ids), F.embedding(ids, weight.to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_model_is_near_in_one_pass_and_token_by_token(tied):
+    """Its logits are near those of the exact model, whether it reads many tokens at once or few."""
+    model = tiny(tie_word_embeddings=tied)
+    ids = torch.randint(0, 512, (1, 40))
+    exact, n = model(ids)[0], model.num_parameters()
+    quantize(model)
+    assert model.num_parameters() == n
+    many, few = model(ids)[0].float(), torch.cat([model(ids[:, :i])[0].float()[:, -1:] for i in (1, 2, 3)], 1)
+    scale = exact.std()
+    assert (many - exact).abs().mean() < 0.05 * scale and (few - many[:, :3]).abs().max() < 0.1 * scale
+
+
+def test_a_tied_int8_head_shares_the_numbers_of_the_embedding():
+    """One matrix in memory and one parameter in the count; an untied head has a matrix of its own."""
+    model = quantize(tiny(tie_word_embeddings=True))
+    head, embedding = model.lm_head, model.embed_tokens
+    assert head.weight is embedding.weight and head.scale.data_ptr() == embedding.scale.data_ptr()
+    assert model.num_parameters()["total"] == tiny().num_parameters()["total"]
+    model = copy.deepcopy(model)
+    assert model.lm_head.weight is model.embed_tokens.weight, "a copy must not untie them"
+    untied = quantize(tiny(tie_word_embeddings=False))  # negative control
+    assert untied.lm_head.weight.data_ptr() != untied.embed_tokens.weight.data_ptr()
+    assert untied.num_parameters()["total"] == model.num_parameters()["total"] + 512 * 48
+
+
+def test_another_kind_of_quantization_is_refused_by_name():
+    with pytest.raises(UserError, match="'int3': only 'int8'"):
+        quantize(tiny(), "int3")
