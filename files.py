@@ -49,13 +49,29 @@ def write_json(path, value: dict):
 
 
 def read_json(path: Path) -> dict:
-    """The parsed file. UserError where it is missing or is not JSON."""
+    """The parsed file, a JSON object. UserError where it is missing, or is anything else."""
+    with damage_named(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, expected an object in braces")
+        return value
+
+
+@contextmanager
+def damage_named(path, remedy: str = "Copy it again from where it came."):
+    """Turn whatever reading a damaged or hostile file can raise into a UserError that names the file. For the few lines
+    that parse a file, so that no bug of our own hides behind it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
-        raise UserError(f"{path} not found: {path.parent} is not a model directory.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Copy it again from where it came.") from None
+        raise UserError(f"{path} not found. {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{path} is damaged, or not what it should be ({reason}). {remedy}") from None
 
 
 def file_sha256(path) -> str:

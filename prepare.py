@@ -496,4 +496,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main, OSError)
+    guard(main)

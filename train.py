@@ -665,4 +665,4 @@ def save(run: Run):
 
 
 if __name__ == "__main__":
-    guard(main, OSError)
+    guard(main)

@@ -5,23 +5,60 @@ How every script gets its settings: defaults, recipe files, flags. The other fil
 
 A script keeps its defaults in a dataclass called Settings, one per line, with a comment that --help prints. Positional
 arguments are recipes: Python files of plain assignments, each run in a namespace of its own. Flags come after all the
-recipes, and of two values for one setting the later wins. Unknown settings and wrong types are reported all at once,
-with exit code 2, and nothing is started.
+recipes, and of two values for one setting the later wins. Unknown settings, wrong types and values out of their range
+are reported all at once, with exit code 2, and nothing is started.
 """
 
 import ast
 import difflib
+import math
+import os
 import re
 import runpy
+import signal
 import sys
 import types
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 
 class UserError(Exception):
     """The user's mistake, in a line or two: what was given, what was expected, and what to do. guard() prints it."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """The numbers that a setting may be, declared in its type: Annotated[float, Within(above=0, most=1)]."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value) -> bool:  # not NaN, which compares false; not infinite
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self):
+        ends = dict(least="of at least", above="above", most="at most", below="below")
+        return " and ".join(f"{w} {getattr(self, k):g}" for k, w in ends.items() if math.isfinite(getattr(self, k)))
+
+
+# The kinds of number that most settings are. A choice among words is a typing.Literal.
+Count = Annotated[int, Within(least=1)]
+Whole = Annotated[int, Within(least=0)]
+Seed = Annotated[int, Within(least=0, most=2**63 - 1)]
+Positive = Annotated[float, Within(above=0)]
+NotNegative = Annotated[float, Within(least=0)]
+Share = Annotated[float, Within(least=0, below=1)]
+
+# What nanoGPT calls some of these settings, for those who come from there.
+NANOGPT = dict(
+    n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size", batch_size="micro_batch_size",
+    gradient_accumulation_steps="global_batch_size", eval_iters="eval_rows", decay_lr="lr_schedule", start="prompt",
+    out_dir="model",
+)  # fmt: skip
 
 
 def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str | None = None) -> list:
@@ -45,7 +82,9 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
             except ValueError as error:
                 problems.append(f"{source}: {error}")
         elif key not in ignored:
-            near = difflib.get_close_matches(key, [*known, *ignored], n=1)
+            near = (
+                [NANOGPT[key]] if NANOGPT.get(key) in known else difflib.get_close_matches(key, [*known, *ignored], n=1)
+            )
             problems.append(f"{source}: no such setting." + (f" Did you mean {near[0]}?" if near else ""))
 
     for arg in argv:  # the recipes first, wherever they are among the flags
@@ -53,7 +92,9 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
             for key, value in read_recipe(arg, problems).items():
                 take(key, value, f"{arg}: {key}", other_keys)
     for arg in argv:
-        if arg.startswith("--"):
+        if not is_text(arg):
+            problems.append(f"{ascii(arg)}: not UTF-8 text.")
+        elif arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             if equals:
                 take(key.replace("-", "_"), value, arg)
@@ -70,32 +111,61 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
 
 def convert(value, field):
     """`value`, from a recipe or the text of a flag, as the type of the field; ValueError says what was expected."""
-    alternatives = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of an `int | None`
-    optional = types.NoneType in alternatives
-    kind = next(t for t in alternatives if t is not types.NoneType)
-    if optional and (value is None or str(value).lower() in ("none", "")):
+    union = typing.get_origin(field.type) in (types.UnionType, typing.Union)  # Count | None
+    alternatives = typing.get_args(field.type) if union else (field.type,)
+    if types.NoneType in alternatives and (value is None or str(value).lower() in ("none", "")):
         return None
+    kind = next(t for t in alternatives if t is not types.NoneType)
+    if typing.get_origin(kind) is typing.Literal:
+        words = typing.get_args(kind)
+        if value not in words:
+            raise ValueError(f"got {value!r}, expected {', '.join(words[:-1])} or {words[-1]}.")
+        return value
+    kind, within = typing.get_args(kind) if typing.get_origin(kind) is Annotated else (kind, Within())
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    problem = ValueError(
+        f"got {value!r}, expected {' '.join((name, str(within))).strip()} like the default {field.default!r}."
+    )
     if isinstance(value, str) and kind is not str:  # a flag
         text = value.replace("_", "") if kind in (int, float) else value.lower()
         try:
-            if kind is bool:
-                return {"true": True, "1": True, "false": False, "0": False}[text]
-            return kind(text)
+            value = {"true": True, "1": True, "false": False, "0": False}[text] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            pass
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif type(value) is kind:
-        return value
-    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    raise ValueError(f"got {value!r}, expected {name} like the default {field.default!r}.")
+            raise problem from None
+    elif kind is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    if type(value) is not kind or (kind in (int, float) and value not in within):
+        raise problem
+    return value
+
+
+def check(Settings: type, **values):
+    """UserError, all problems at once, where a value is none that the setting of its name may have."""
+    known, problems = {f.name: f for f in fields(Settings)}, []
+    for key, value in values.items():
+        try:
+            convert(value, known[key])
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: bytes of a command line that are not UTF-8, and "\\ud800" in JSON, it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_recipe(path: str, problems: list[str]) -> dict:
     """The assignments of a recipe, but for imports and names that start with an underscore: those are for its own
     arithmetic. What is wrong with the file is appended to `problems`."""
     if not Path(path).is_file():
-        hint = "recipes are files such as config/tiny_shakespeare.py; settings are written --key=value"
+        here = sorted(file.name for file in Path(__file__).parent.glob("[!_]*.py"))
+        hint = f"recipes in config/: {', '.join(here)}; settings are written --key=value"
         problems.append(f"{path}: no such file ({hint}).")
         return {}
     try:
@@ -134,17 +204,36 @@ def describe(Settings: type) -> str:
     return "\n".join(rows)
 
 
-def guard(main, *expected: type[Exception]):
-    """Run a script's main(). A UserError, or one of `expected`, is printed without a traceback, and the exit code is 1;
-    after Ctrl-C it is 130."""
+def guard(main):
+    """Run a script's main(). A UserError, or what the operating system refuses, is printed without a traceback, and the
+    exit code is 1; after Ctrl-C it is 130. SIGTERM and a lost terminal end it in order: temporary files are removed."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a terminal that lacks a letter shows its number
+        stream.reconfigure(errors="backslashreplace")
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup has it ignored
+        if number and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
-    except (UserError, *expected) as error:
+        print(end="", flush=True)
+    except BrokenPipeError:  # the reader of our output ended first, as in `python sample.py | head`: not an error
+        leave_stdout()
+    except (UserError, OSError) as error:
+        leave_stdout()
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
+        leave_stdout()
         print(file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output ended first, as in `python sample.py | head`: not an error
-        sys.stderr.close()
-        raise SystemExit(0) from None
+
+
+def leave_stdout():
+    """Write out what is left to print. Where that fails, the terminal, the pipe or the disk behind it has gone: what is
+    printed from here on goes nowhere, and no error comes of it."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -1,7 +1,11 @@
 """config.override: recipes and flags; unknown settings and wrong types are reported at once, with nothing started."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from conftest import ROOT, run_script
@@ -20,6 +24,9 @@ class Settings:
     #                  is called
     flag: bool = False  # whether
     limit: int | None = None  # at most
+    rows: config.Count = 4  # 1 or more
+    top: Annotated[float, config.Within(above=0, most=1)] | None = None  # a share
+    way: Literal["up", "down"] = "up"  # which
 
 
 def take(*argv, **kw):
@@ -31,7 +38,8 @@ def test_flags_convert_to_the_type_of_the_default():
     s = take("--steps=1_000", "--rate=1", "--name=a=b", "--flag=true", "--limit=5")
     assert (s.steps, s.rate, s.name, s.flag, s.limit) == (1000, 1.0, "a=b", True, 5)
     assert type(s.rate) is float
-    assert take("--limit=none").limit is None
+    assert take("--limit=none").limit is None and take("--top=none").top is None
+    assert take("--top=1").top == 1.0 and take("--way=down").way == "down"
     assert take("--rate=3e-4").rate == 3e-4
 
 
@@ -51,6 +59,13 @@ def test_later_wins_and_recipes_come_before_flags(tmp_path):
         ("--steps=8.5", "expected a whole number like the default 10"),
         ("--rate=abc", "expected a number"),
         ("--flag=maybe", "expected true or false"),
+        ("--rows=0", "expected a whole number of at least 1 like the default 4"),
+        ("--top=0", "expected a number above 0 and at most 1"),
+        ("--top=nan", "expected a number above 0 and at most 1"),
+        ("--rate=inf", "got 'inf', expected a number"),
+        ("--way=left", "got 'left', expected up or down"),
+        ("--name=\udcff", "not UTF-8"),
+        ("--n_layer=3", "no such setting."),
         ("--steps", "write --key=value"),
         ("-s", "write --key=value"),
         ("no_such.py", "no such file"),
@@ -62,6 +77,47 @@ def test_a_wrong_setting_exits_2_and_says_why(argument, message, capsys):
         take(argument)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_values_given_in_python_are_held_to_the_same_ranges():
+    """check() is what functions use for their arguments: all problems in one UserError, silence where all is well."""
+    config.check(Settings, rows=1, top=None, rate=3)
+    with pytest.raises(config.UserError) as refused:
+        config.check(Settings, rows=0, top=float("nan"), way="left", steps=True)
+    assert all(f"{key}: got" in str(refused.value) for key in ("rows", "top", "way", "steps"))
+
+
+def test_nanogpts_names_lead_to_ours(capsys):
+    """Who types what nanoGPT called it is told what it is called here."""
+    for flag, ours in (("--n_layer=3", "num_hidden_layers"), ("--batch_size=3", "micro_batch_size")):
+        with pytest.raises(SystemExit):
+            config.override([flag], train.Settings)
+        assert f"Did you mean {ours}?" in capsys.readouterr().err
+
+
+def guarded(body: str, **kw) -> subprocess.CompletedProcess:
+    """A script of our own whose main() has this body, with 200,000 lines printed before it."""
+    lines = f"import os, sys, signal; sys.path.insert(0, {str(ROOT)!r}); from config import UserError, guard"
+    code = f"{lines}\ndef main():\n    for i in range(200_000): print('line', i)\n    {body}\nguard(main)"
+    return subprocess.run([sys.executable, "-c", code], capture_output="stdout" not in kw, text=True, **kw)
+
+
+def test_what_ends_a_script_is_one_line_and_its_exit_code(tmp_path):
+    """The user's mistake and a full disk 1, Ctrl-C 130, SIGTERM 143 with the clean-up done; never a traceback."""
+    done = guarded("raise UserError('bad ' + chr(0xdcff))")
+    assert done.returncode == 1 and done.stderr == "-c: bad \\udcff\n" and "line 199999" in done.stdout
+    for number, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)):
+        cleaned = f"finally: os.mkdir({str(tmp_path / number)!r})"
+        done = guarded(f"try: os.kill(os.getpid(), signal.{number}); signal.pause()\n    {cleaned}")
+        assert done.returncode == code and "Traceback" not in done.stderr and (tmp_path / number).is_dir()
+    with open("/dev/full", "w") as full:
+        done = guarded("pass", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does once it has seen enough
+    done = guarded("pass", stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_all_problems_of_recipe_and_flags_are_reported_at_once(tmp_path, capsys):
