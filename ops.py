@@ -73,7 +73,8 @@ def cross_entropy_in_pieces(x, weight, targets):
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        return CrossEntropyInPieces.apply(x.flatten(0, 1), weight, targets.flatten(), dtype)
+        # inside forward() gradients are always off, so whether they are wanted is asked here
+        return CrossEntropyInPieces.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, torch.is_grad_enabled())
 
 
 class CrossEntropyInPieces(torch.autograd.Function):
@@ -83,11 +84,14 @@ class CrossEntropyInPieces(torch.autograd.Function):
     softmax and their gradient at once. Here the gradient of each piece is taken while its logits are at hand, and is
     written in their place. So nothing of size V outlives a piece, and backward is one multiplication. Products run in
     `dtype` (what autocast would choose); everything after them, and the sum of the weight's gradient, in fp32.
+
+    The gradient kept is that of the sum. The division by the count waits for backward, where it meets the factor of a
+    GradScaler: a probability divided by the count here would be too small for float16.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype):  # (N, C), (V, C), (N,) -> fp32 scalar
-        want_grad = x.requires_grad or weight.requires_grad
+    def forward(ctx, x, weight, targets, dtype, grad_enabled: bool):  # (N, C), (V, C), (N,) -> fp32 scalar
+        want_grad = grad_enabled and (x.requires_grad or weight.requires_grad)
         h, w = x.to(dtype), weight.to(dtype)
         counted = targets != -100
         count = counted.sum()
@@ -108,18 +112,18 @@ class CrossEntropyInPieces(torch.autograd.Function):
                 exact.sub_(largest).exp_()
                 z = exact.sum(-1, keepdim=True)
                 total += ((z.log() - chosen) * mask).sum()
-                if want_grad:  # d loss / d logits = (softmax - one_hot) / count
-                    share = mask / count
-                    logits[part] = exact.mul_(share / z).scatter_add_(1, target, -share)
+                if want_grad:  # d total / d logits = softmax - one_hot, and 0 for a target that is not counted
+                    logits[part] = exact.mul_(mask / z).scatter_add_(1, target, -mask.float())
             if want_grad:
                 grad_x[piece] = logits @ w
                 grad_weight += logits.T @ h[piece]
-        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight, count)
         ctx.dtypes = x.dtype, weight.dtype
         return total / count
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
+        grad_x, grad_weight, count = ctx.saved_tensors
+        grad = grad / count
         # in place, since the second is as large as the embedding; a second backward therefore raises an error
-        return grad_x.mul_(grad).to(ctx.dtypes[0]), grad_weight.mul_(grad).to(ctx.dtypes[1]), None, None
+        return grad_x.mul_(grad).to(ctx.dtypes[0]), grad_weight.mul_(grad).to(ctx.dtypes[1]), None, None, None
