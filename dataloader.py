@@ -86,16 +86,16 @@ class Rows:
 
 def validation_rows(file, tokens: int, block_size: int, limit: int) -> torch.Tensor:
     """All of the validation split as rows (N, T + 1), the last one filled up with -100, which no loss counts; if there
-    are more than `limit`, that many of them at even distances. Always the same rows in the same order."""
-    data = np.fromfile(file, dtype="<u2").astype(np.int64)
-    assert len(data) == tokens, f"{file} has {len(data)} tokens, expected {tokens}"
+    are more than `limit`, that many of them at even distances. Always the same rows in the same order, and no others
+    are read."""
     n = math.ceil((tokens - 1) / block_size)
-    rows = np.full((n, block_size + 1), -100, dtype=np.int64)
-    for i in range(n):
-        piece = data[i * block_size : (i + 1) * block_size + 1]
-        rows[i, : len(piece)] = piece
-    if n > limit:
-        rows = rows[np.linspace(0, n - 1, limit).round().astype(int)]
+    chosen = range(n) if n <= limit else np.linspace(0, n - 1, limit).round().astype(int)
+    rows = np.full((len(chosen), block_size + 1), -100, dtype=np.int64)
+    with open(file, "rb") as f:
+        for row, i in zip(rows, chosen):
+            f.seek(2 * int(i) * block_size)
+            piece = np.frombuffer(f.read(2 * (block_size + 1)), dtype="<u2")
+            row[: len(piece)] = piece
     return torch.from_numpy(rows)
 
 
