@@ -10,10 +10,11 @@ load() is how a script gets a model with its tokenizer; from_pretrained() reads 
 damaged or does not belong together is a UserError: no other weights and no other tokenizer are put in its place.
 """
 
-import pickle
+import json
 import shutil
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -23,9 +24,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from config import UserError
-from files import atomic, file_sha256, read_json, write_json
+from device import DTYPES
+from files import atomic, damage_named, file_sha256, read_json, write_json
 from model import SmolLM2, SmolLM2Config
 from quantize import quantize as quantize_weights
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+REPLACE = "Copy it again, or train again."  # what mends damaged weights
 
 # ----------------------------------------------------------------------------------------------------------------------
 # finding and loading
@@ -69,8 +74,13 @@ def find(path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
+    with suppress(LocalEntryNotFoundError):  # what is in the cache needs no network, but it may be a part only
+        folder = Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=True))
+        if (folder / "config.json").is_file() and holds_weights(folder):
+            return folder
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
     except RepositoryNotFoundError:
         raise UserError(f"{path}: no such directory here and no such model on huggingface.co.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -88,17 +98,19 @@ def newest_run(root="out") -> Path:
     return runs[-1].parent
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether there is a model in the folder, in one file or in shards."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
 def metadata(path: Path) -> dict[str, str]:
     """What train.py left in the header of model.safetensors: step, val_loss, val_bpb, tokenizer_sha256; `untrained`
     until the first evaluation of a run from scratch. Empty for a model that others saved."""
-    file = Path(path) / "model.safetensors"
+    file = Path(path) / WEIGHTS
     if not file.is_file():  # sharded, so not one of ours
         return {}
-    try:
-        with safe_open(file, framework="pt") as f:
-            return f.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}). Copy it again, or train again.") from None
+    with damage_named(file, REPLACE), safe_open(file, framework="pt") as f:
+        return f.metadata() or {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,6 +120,9 @@ def metadata(path: Path) -> dict[str, str]:
 def config_from_dict(hf: dict, source: str = "config.json") -> SmolLM2Config:
     """Read a parsed config.json as transformers 4 or 5 writes it. UserError names what model.py does not implement."""
     wrong = []
+    if not isinstance(hf.get("rope_parameters") or {}, dict):
+        wrong.append(f"rope_parameters={hf['rope_parameters']!r} (expected an object in braces)")
+        hf = hf | {"rope_parameters": None}
     must_be = dict(
         model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None,
         rope_interleaved=False, sliding_window=None, attention_dropout=0.0, pretraining_tp=1,
@@ -138,10 +153,14 @@ def config_from_dict(hf: dict, source: str = "config.json") -> SmolLM2Config:
     )  # fmt: skip
     known = {f.name for f in fields(SmolLM2Config)}
     settings = defaults | {k: v for k, v in hf.items() if k in known}
-    settings["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // heads
-    settings["num_key_value_heads"] = settings["num_key_value_heads"] or heads
-    settings["rope_theta"] = float(theta)
-    return SmolLM2Config(**settings)
+    with damage_named(source):  # a number may be text here, or zero
+        settings["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // heads
+        settings["num_key_value_heads"] = settings["num_key_value_heads"] or heads
+        settings["rope_theta"] = float(theta)
+        try:
+            return SmolLM2Config(**settings)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
 
 def config_to_dict(config: SmolLM2Config, dtype: torch.dtype) -> dict:
@@ -180,6 +199,11 @@ def from_pretrained(path, device="cpu", dtype: torch.dtype | None = None, copy: 
     path = Path(path)
     config = read_config(path)
     tensors = read_tensors(path)
+    found = {str(t.dtype)[6:]: name for name, t in tensors.items()}  # dtype: a tensor that has it
+    if wrong := set(found) - set(DTYPES):
+        raise UserError(f"{path}: {found[wrong.pop()]} is of another type than {', '.join(DTYPES)}.")
+    if dtype is None and len(found) > 1:
+        raise UserError(f"{path} mixes {' and '.join(sorted(found))}. Choose one with --dtype, float32 say.")
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         model = SmolLM2(config)
     expected = {hf_name(name): p.shape for name, p in model.named_parameters()}
@@ -223,11 +247,26 @@ def save_pretrained(model: SmolLM2, path, metadata: dict[str, str] | None = None
     tensors = {hf_name(name): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     assert all(t.is_floating_point() for t in tensors.values()), "int8 weights: save the model before quantize()"
     header = {"format": "pt", "crc32": checksum(tensors)} | (metadata or {})
-    with atomic(path / "model.safetensors") as temporary:
+    with atomic(path / WEIGHTS) as temporary:
         try:
             save_file(tensors, temporary, metadata=header)
         except SafetensorError as error:  # how the library reports a full disk
             raise OSError(str(error)) from error
+        sort_header(temporary)
+        shutil.copymode(path / "config.json", temporary)  # the library makes it readable to its owner alone
+
+
+def sort_header(file: Path):
+    """The library writes the header's metadata in a random order. In the order of their names, equal models are equal
+    files. Its JSON is as compact as this one, so the length stays."""
+    with open(file, "rb+") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, f"a header of {len(text)} bytes instead of {length}"
+        f.seek(8)
+        f.write(text)
 
 
 def hf_name(name: str) -> str:
@@ -246,18 +285,16 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names. UserError names the
     file that is missing, cut short or, where save_pretrained left a checksum, altered."""
-    index = path / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    tensors = {}
+    names, tensors = [WEIGHTS], {}
+    if not (path / WEIGHTS).exists() and (path / INDEX).exists():  # as transformers does: the single file first
+        with damage_named(path / INDEX):
+            names = sorted(set(read_json(path / INDEX)["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"it names a file in another folder: {outside[0]}")
     for name in names:
-        try:
-            with safe_open(path / name, framework="pt") as f:
-                found = {key: f.get_tensor(key) for key in f.keys()}
-                crc = (f.metadata() or {}).get("crc32")
-        except FileNotFoundError:
-            raise UserError(f"{path / name} not found: {path} holds no complete model.") from None
-        except SafetensorError as error:
-            raise UserError(f"{path / name} is damaged ({error}). Copy it again, or train again.") from None
+        with damage_named(path / name, REPLACE), safe_open(path / name, framework="pt") as f:
+            found = {key: f.get_tensor(key) for key in f.keys()}
+            crc = (f.metadata() or {}).get("crc32")
         if crc and crc != checksum(found):
             raise UserError(f"{path / name} has been altered since it was written (wrong checksum). Copy it again.")
         tensors |= found
@@ -274,10 +311,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{file} not found: a model needs its own tokenizer. Copy it from where the model came.")
-    try:
+    with damage_named(file):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{file} is damaged ({error}). Copy it again from where it came.") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -312,21 +347,20 @@ def tokenizer_config(eos_token: str, context: int) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # state.pt
 
-STATE_KEYS = "model optimizer scaler progress settings facts rng cuda_rng".split()
+STATE_KEYS = "config model optimizer scaler progress settings facts".split()
 
 
 def save_state(path: Path, model, optimizer, scaler, progress: dict, settings: dict, facts: dict):
     """state.pt: plain numbers, text and tensors, so that it loads with weights_only=True and nothing in it can run.
     Raises OSError, and leaves the old one, if the disk is full."""
     state = dict(
+        config=asdict(model.config),
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
         scaler=scaler.state_dict(),
         progress=progress,
         settings=settings,
         facts=facts,
-        rng=torch.get_rng_state(),
-        cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     )
     with atomic(path) as temporary:
         try:
@@ -336,25 +370,43 @@ def save_state(path: Path, model, optimizer, scaler, progress: dict, settings: d
 
 
 def load_state(path: Path) -> dict:
-    """Read state.pt. UserError where it is missing, cut short, altered (its zip entries carry checksums), or holds
-    anything but plain data."""
+    """Read state.pt; state["config"] is a SmolLM2Config. UserError where it is missing, cut short, altered (its zip
+    entries carry checksums), or holds anything but plain data of the kind that save_state() writes."""
     if not path.is_file():
         raise UserError(f"{path} not found: nothing to resume. Without --init_from=resume the run starts from scratch.")
-    way_out = (
+    with damage_named(path, way_out_of(path)):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed, as torch.save never does")
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(f"{broken} has a wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "config" not in state:  # the first version of train.py left it to config.json
+            state["config"] = asdict(read_config(path.parent))
+        if not all(isinstance(state[key], dict) for key in STATE_KEYS):
+            raise ValueError("a part is missing")
+        state["config"] = SmolLM2Config(**state["config"])
+    return state
+
+
+def restore(state: dict, path: Path, model: SmolLM2, optimizer, scaler):
+    """Put the state of `path` into a model, its optimizer, and its scaler where the precision has one. The settings of
+    the optimizer (learning rate, betas, decay) stay those it was made with. UserError where a part is of another model.
+    """
+    with damage_named(path, way_out_of(path)):
+        model.load_state_dict(state["model"])
+        moments = state["optimizer"]["state"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(parameters if moments else []):  # there are none before the first step
+            if {moments[i][key].shape for key in ("exp_avg", "exp_avg_sq")} != {p.shape} or moments[i]["step"].dim():
+                raise ValueError(f"moments of another shape than {list(p.shape)}")
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+
+
+def way_out_of(path: Path) -> str:
+    return (
         f"The best model in {path.parent} is not touched by this. Start over with --init_from=scratch, or fine-tune "
         f"from it with --init_from={path.parent} --out_dir=another."
     )
-    # the errors that zipfile, zlib and torch raise on damaged files
-    damage = OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise zipfile.BadZipFile(f"{broken} has a wrong checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except damage as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a state of ours: {reason}\n{way_out}") from None
-    if set(state) != set(STATE_KEYS):
-        raise UserError(f"{path} was not written by this version of train.py.\n{way_out}")
-    return state

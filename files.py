@@ -102,8 +102,8 @@ class Log:
     """log.jsonl: one line per log step, evaluation and sample. After a resume, lines beyond its step are dropped: those
     steps are about to happen again."""
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
+    def __init__(self, path: Path, step: int, say=print):
+        self.path, self.say = path, say
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if self.step_of(line) <= step]
@@ -113,8 +113,8 @@ class Log:
     @staticmethod
     def step_of(line: str) -> float:
         try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            return float(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             return math.inf  # half a line, from a kill
 
     def write(self, **entry):
@@ -125,4 +125,4 @@ class Log:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
         except OSError as error:
-            print(f"!! {self.path} could not be written ({error}); training goes on")
+            self.say(f"!! {self.path} could not be written ({error}); training goes on")

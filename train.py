@@ -17,22 +17,35 @@ going on changes nothing at all.
 
 import math
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from checkpoint import find, load, load_state, read_config, read_tokenizer, save_pretrained, save_state, save_tokenizer
-from config import UserError, guard, override
+from checkpoint import (
+    find,
+    holds_weights,
+    load,
+    load_state,
+    metadata,
+    read_tokenizer,
+    restore,
+    save_pretrained,
+    save_state,
+    save_tokenizer,
+    way_out_of,
+)
+from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, leave_stdout, override
 from dataloader import Rows, find_data, to_device, validation_rows
 from device import (
     compile_for_training,
@@ -44,7 +57,7 @@ from device import (
     pick_device,
     undo_compile,
 )
-from files import Log, exclusive, file_sha256
+from files import Log, damage_named, exclusive, file_sha256
 from model import SmolLM2, SmolLM2Config
 from sample import generate
 
@@ -56,53 +69,58 @@ class Settings:
     init_from: str = "auto"  # auto: go on if out_dir has a state.pt, else scratch; resume; scratch (starts over);
     #                          or a model directory or hub id to fine-tune
     accept_changes: str = ""  # settings, comma-separated, that may differ from those of the run that is resumed
-    eval_interval: int = 100  # steps between evaluations; each saves state.pt, and the model if it is the best so far
-    eval_rows: int = 2000  # at most this many validation rows, spread evenly; all of them if there are fewer
-    patience: int = 0  # stop after this many evaluations without improvement; 0 never
-    log_interval: int = 10  # steps between log lines
-    sample_interval: int = 0  # steps between printed samples of text, a multiple of eval_interval; 0 none
+    eval_interval: Count = 100  # steps between evaluations; each saves state.pt, and the model if it is the best so far
+    eval_rows: Count = 2000  # at most this many validation rows, spread evenly; all of them if there are fewer
+    patience: Whole = 0  # stop after this many evaluations without improvement; 0 never
+    log_interval: Count = 10  # steps between log lines
+    sample_interval: Whole = 0  # steps between printed samples of text; 0 none
     # a step
-    global_batch_size: int = 16  # rows per optimizer step, all processes together: this decides the result
-    micro_batch_size: int = 16  # rows per forward pass: whatever fits in memory and is fast
-    block_size: int = 256  # tokens per row
+    global_batch_size: Count = 16  # rows per optimizer step, all processes together: this decides the result
+    micro_batch_size: Count = 16  # rows per forward pass: whatever fits in memory and is fast
+    block_size: Count = 256  # tokens per row
     # the optimizer: AdamW
-    max_iters: int = 1000  # steps
-    learning_rate: float = 1e-3  # the peak, after warmup
-    min_lr: float = 1e-4  # where the schedule ends
-    warmup_iters: int = 50  # steps from 0 to the peak
-    lr_schedule: str = "cosine"  # cosine; wsd (warmup, stable, linear decay: SmolLM2's own); constant
-    lr_decay_iters: int = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first start
-    decay_fraction: float = 0.2  # wsd: how much of the run decays; SmolLM2 took the last fifth
-    token_noise: float = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
-    weight_decay: float = 0.1  # on matrices only; norm weights are left alone
-    beta1: float = 0.9  # decay of AdamW's average of the gradient
-    beta2: float = 0.95  # decay of its average of the squared gradient: 0.999 is usual, less is steadier here
-    grad_clip: float = 1.0  # largest gradient norm; 0 leaves it as it is
-    seed: int = 1337  # of the first weights and the order of the rows
+    max_iters: Whole = 1000  # steps
+    learning_rate: Positive = 1e-3  # the peak, after warmup
+    min_lr: NotNegative = 1e-4  # where the schedule ends
+    warmup_iters: Whole = 50  # steps from 0 to the peak
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warmup, stable, linear decay, SmolLM2's own
+    lr_decay_iters: Whole = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first start
+    decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: how much of the run decays
+    token_noise: Share = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
+    weight_decay: NotNegative = 0.1  # on matrices only; norm weights are left alone
+    beta1: Share = 0.9  # decay of AdamW's average of the gradient
+    beta2: Share = 0.95  # decay of its average of the squared gradient: 0.999 is usual, less is steadier here
+    grad_clip: NotNegative = 1.0  # largest gradient norm; 0 leaves it as it is
+    seed: Seed = 1337  # of the first weights and the order of the rows
     # the machine
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
-    dtype: str = "auto"  # float32, bfloat16, float16 of the products; weights are float32 always
-    compile: str = "auto"  # torch.compile of the blocks: on, off; auto where it will pay within the run
-    peak_tflops: float = 0.0  # of one device in this dtype, for MFU; 0: known (some GPUs) or measured (CPU)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the products; weights are float32 always
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the blocks; auto where it pays within the run
+    peak_tflops: NotNegative = 0.0  # of one device in this dtype, for MFU; 0: known (some GPUs) or measured (CPU)
     # the architecture, when from scratch: SmolLM2-135M; the vocabulary comes with the data
-    hidden_size: int = 576
-    intermediate_size: int = 1536
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
-    head_dim: int = 0  # 0 is hidden_size / num_attention_heads
-    max_position_embeddings: int = 0  # the model's context; 0 is block_size, all it will have been trained on
-    rope_theta: float = 100000.0
-    rms_norm_eps: float = 1e-5
+    hidden_size: Count = 576
+    intermediate_size: Count = 1536
+    num_hidden_layers: Count = 30
+    num_attention_heads: Count = 9
+    num_key_value_heads: Count = 3
+    head_dim: Whole = 0  # 0 is hidden_size / num_attention_heads
+    max_position_embeddings: Whole = 0  # the model's context; 0 is block_size, all it will have been trained on
+    rope_theta: Positive = 100000.0
+    rms_norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.0  # 0 is 1 / sqrt(hidden_size), which for 576 is the released 0.0417
+    initializer_range: NotNegative = 0.0  # 0 is 1 / sqrt(hidden_size), which for 576 is the released 0.0417
 
 
 # Settings that may differ between a stop and a resume: none of them changes which steps are taken. max_iters may rise,
-# which adds steps at the end of the schedule. Every other change must be named in accept_changes.
+# which adds steps at the end of the schedule. Every other change must be named in accept_changes, but for those of the
+# architecture: another shape is another model.
 MAY_CHANGE = (
     "out_dir init_from accept_changes eval_interval log_interval sample_interval patience micro_batch_size max_iters "
     "device compile peak_tflops"
+).split()
+ARCHITECTURE = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings initializer_range"
 ).split()
 
 
@@ -112,6 +130,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     evaluated: int = -1  # the step of the last evaluation
+    sampled: int = -1  # the step of the last printed sample
     best_val_loss: float = math.inf  # nats per token
     best_step: int = -1
     since_best: int = 0  # evaluations since then
@@ -127,14 +146,10 @@ class Run:
 
     def __init__(self, s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
         self.s, self.rank, self.world, self.device = s, rank, world, device
-        self.say = partial(print, flush=True) if rank == 0 else lambda *_: None
+        self.say = say if rank == 0 else lambda _: None
         self.out_dir = Path(s.out_dir)
 
-        # the data, prepared now if they are not there
-        if rank == 0 and not (prepare.DATA / data.dataset / "meta.json").is_file():
-            prepare.prepare(data)
-        if world > 1:
-            dist.barrier()
+        # the data
         self.folder, self.meta = find_data(data)
         file, tokens = self.folder / "train.bin", self.meta["train_tokens"]
         self.rows = Rows(file, tokens, s.block_size, s.seed, s.token_noise, self.meta["vocab_size"])
@@ -146,15 +161,16 @@ class Run:
         state_file, state = self.out_dir / "state.pt", None
         self.p = Progress(lr_decay_iters=s.lr_decay_iters or s.max_iters)
         self.resumed = s.init_from == "resume" or (s.init_from != "scratch" and state_file.is_file())
+        self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
         if self.resumed:
-            state = load_state(state_file)
-            check_resume(state, s, self.facts, state_file)
-            self.p = Progress(**state["progress"])
-            self.p.lr_decay_iters = s.lr_decay_iters or self.p.lr_decay_iters
+            state_file, state, self.p = resume(s, self.facts, state_file)
+            self.origin, self.saved = state["settings"]["init_from"], self.p.step
+        for warning in check_schedule(s, self.p.lr_decay_iters):
+            self.say(f"!! {warning}")
 
         # the model: resumed, new, or read from the directory that is fine-tuned
         torch.manual_seed(s.seed)
-        self.model, self.source_dir = make_model(s, self.meta, self.folder, self.out_dir, state)
+        self.model, self.source_dir = make_model(s, self.meta, self.folder, state)
         self.model.to(device).train()
 
         # the optimizer and the precision of matrix products; weights are float32
@@ -165,11 +181,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")  # TF32 for what stays in fp32
         if self.resumed:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["rng"])
-            if kind == "cuda" and state["cuda_rng"]:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            restore(state, state_file, self.model, self.optimizer, self.scaler)
 
         # rows of a step: all, this process's share, and how many go through the model at a time
         self.step_tokens = s.global_batch_size * s.block_size
@@ -184,13 +196,19 @@ class Run:
             self.compiled, self.compile_reason = self.p.compile, "as when this run began"
 
         # the command that continues this run
-        arguments = " ".join(sys.argv)
+        arguments = shlex.join(sys.argv)
         self.command = f"python {arguments}" if world == 1 else f"the same torchrun command ({arguments})"
 
 
 def main():
     s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
     check_settings(s)
+    if s.init_from not in ("auto", "resume", "scratch"):
+        if not Path(s.out_dir, "state.pt").is_file():  # else the model is not needed any more
+            find(s.init_from)
+        if data.tokenizer == "bpe":
+            data.tokenizer = s.init_from  # no other fits the weights
+    prepare_data(data)
     keep_freed_memory()
     rank, world, device = join_processes(pick_device(s.device))
     try:
@@ -203,13 +221,24 @@ def main():
             dist.destroy_process_group()
 
 
+def prepare_data(data: prepare.Settings):
+    """Prepare the data if they are not there. The first process of each machine does it, and the others look for its
+    last file: processes that have joined already would give up waiting for each other after some minutes."""
+    ready = prepare.DATA / data.dataset / "meta.json"
+    if not ready.is_file() and os.environ.get("LOCAL_RANK", "0") == "0":
+        prepare.prepare(data)
+    while not ready.is_file():
+        time.sleep(0.5)
+
+
 def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
     """One run, or what is left of it. A function of its own, so that DDP is gone before the processes part."""
     run = Run(s, data, rank, world, device)
     announce(run)
     if not already_finished(run):
         begin(run)
-        rehearse(run)
+        if run.p.step < s.max_iters:  # else only an evaluation is left
+            rehearse(run)
         loop(run)
     if world > 1:
         dist.barrier()  # the first process may still be saving, or printing a sample
@@ -227,8 +256,12 @@ def loop(run: Run):
     while True:
         # evaluate, keep the best model, print a sample, save what a resume needs
         if evaluation_is_due(run):
+            if run.saved is None:
+                save(run)  # first, so that no trained model is ever without the state it came from
             if not evaluation(run):
                 break  # a signal cut it short
+            if sample_is_due(run):
+                print_sample(run)
             save(run)
             shown_at, shown_step = time.perf_counter(), p.step
             if s.patience and p.since_best >= s.patience:
@@ -240,6 +273,10 @@ def loop(run: Run):
                 f"{p.best_val_loss:.4f} at step {p.best_step:,}\nsample: python sample.py --model={run.out_dir}"
             )
             return
+        if sample_is_due(run):
+            print_sample(run)
+        if s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
+            save(run, "stable.pt")  # a run that is prolonged goes on from here
         started = time.perf_counter()
 
         # set the learning rate of this step
@@ -260,8 +297,9 @@ def loop(run: Run):
         # agree with the other processes on the loss, and on whether one of them was asked to stop
         loss, stopping = agree(run, loss)
 
-        # take the step, or skip it where the numbers are not finite; an overflow of float16 is the scaler's to handle
-        if math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled()):
+        # take the step, or skip it where the numbers are not finite: float16 overflows now and then, and its scaler
+        # then halves the scale
+        if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
             bad_steps = 0
             p.recent_loss = loss if p.recent_loss is None else 0.9 * p.recent_loss + 0.1 * loss
@@ -270,10 +308,7 @@ def loop(run: Run):
             p.skipped += 1
             say(f"!! step {p.step}: loss {loss}, gradient norm {norm}; skipped ({p.skipped} so far)")
             if bad_steps == 5:
-                raise UserError(
-                    f"five steps in a row without a finite loss or gradient. {run.out_dir} still holds the last good "
-                    "checkpoint; go on from it with a lower --learning_rate and --accept_changes=learning_rate."
-                )
+                raise UserError(f"five steps in a row without a finite loss or gradient. {last_good(run)}")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         p.step += 1
@@ -320,6 +355,8 @@ def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float):
     """A line on the terminal and one in log.jsonl. `seconds`: a step's, on average since the last line."""
     s, p = run.s, run.p
     rate = run.step_tokens / seconds
+    if run.peak_source == "measured":  # in a busy moment, where a step does more than that
+        run.peak = max(run.peak, rate * run.model.flops_per_token(s.block_size) / run.world)
     mfu = rate * run.model.flops_per_token(s.block_size) / (run.peak * run.world) if run.peak else None
     eta = int((s.max_iters - p.step) * seconds)
     run.say(
@@ -358,8 +395,28 @@ def learning_rate_at(step: int, s: Settings, decay_iters: int) -> float:
     if s.lr_schedule == "cosine":
         progress = (step - s.warmup_iters) / (decay_iters - s.warmup_iters)
         return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
-    decay = max(1, round(s.decay_fraction * decay_iters))  # wsd
+    decay = decay_iters - decay_begins(s, decay_iters)  # wsd
     return s.min_lr + min(1.0, (decay_iters - step) / decay) * (s.learning_rate - s.min_lr)
+
+
+def decay_begins(s: Settings, decay_iters: int) -> int:
+    """wsd: the step at which the stable phase ends."""
+    return decay_iters - max(1, round(s.decay_fraction * decay_iters))
+
+
+def check_schedule(s: Settings, decay_iters: int) -> list[str]:
+    """Warnings about a schedule that makes little sense; UserError where its parts overlap."""
+    if s.lr_schedule == "wsd" and s.warmup_iters > decay_begins(s, decay_iters):
+        raise UserError(
+            f"--warmup_iters={s.warmup_iters} and a decay over --decay_fraction={s.decay_fraction} of {decay_iters:,} "
+            "steps overlap. Use a shorter warmup or decay, or more steps."
+        )
+    warnings = []
+    if s.warmup_iters >= decay_iters > 0:
+        warnings.append(f"--warmup_iters={s.warmup_iters}: the run ends at {decay_iters:,}, before the peak is reached")
+    if s.min_lr > s.learning_rate and s.lr_schedule != "constant":
+        warnings.append(f"--min_lr={s.min_lr:g} is above --learning_rate={s.learning_rate:g}: the rate will rise")
+    return warnings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,6 +433,7 @@ def evaluation_is_due(run: Run) -> bool:
 def evaluation(run: Run) -> bool:
     """Evaluate, keep the model if it is the best, print a sample; False if a signal cut it short."""
     p, meta = run.p, run.meta
+    check_finite(run)
     started = time.perf_counter()
     run.model.eval()
     loss = evaluate(run.model, run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
@@ -408,15 +466,13 @@ def evaluation(run: Run) -> bool:
             run.say(f"!! the best model could not be written ({error}); the previous one is kept and training goes on")
     elif p.since_best >= 3:
         run.say(f"     overfitting since step {p.best_step:,}: that model, the best, is what {run.out_dir} holds")
-    if run.s.sample_interval and p.step % run.s.sample_interval == 0:
-        print_sample(run)
     return True
 
 
 @torch.no_grad()
 def evaluate(model, rows, batch_size, autocast, rank=0, world=1, stopping=lambda: False) -> float | None:
     """Mean loss in nats per token over `rows`, the same number however the rows are shared out; None if stopped."""
-    total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, processes that were asked to stop
     mine = rows[rank::world]
     for a in range(0, len(mine), batch_size):
         if stopping():
@@ -428,18 +484,27 @@ def evaluate(model, rows, batch_size, autocast, rank=0, world=1, stopping=lambda
         count = int((targets != -100).sum())
         with autocast():
             _, loss = model(to_device(inputs, model.device), to_device(targets, model.device), loss_only=True)
-        total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+        total += torch.tensor([float(loss) * count, count, 0.0], dtype=torch.float64)
+    total[2] = float(stopping())  # asked once: a signal after this must not make one process decide otherwise
     if world > 1:
-        reduced = torch.cat((total, torch.tensor([float(stopping())], dtype=torch.float64))).to(model.device)
-        dist.all_reduce(reduced)
-        if reduced[2] > 0:
-            return None
-        total = reduced[:2].cpu()
-    return None if stopping() else float(total[0] / total[1])
+        total = total.to(model.device)
+        dist.all_reduce(total)
+    nats, tokens, stops = total.tolist()
+    return None if stops else nats / tokens
+
+
+def sample_is_due(run: Run) -> bool:
+    """Every sample_interval steps; before step 1 only where there is a model worth reading."""
+    s, p = run.s, run.p
+    now = s.sample_interval and p.step % s.sample_interval == 0
+    return bool(now) and p.sampled < p.step and (p.step > 0 or run.source_dir is not None)
 
 
 def print_sample(run: Run):
     """A hundred tokens after a line break, by model.py itself, so that a change of the architecture shows."""
+    run.p.sampled = run.p.step
+    if run.rank > 0:
+        return
     prompt = run.tokenizer.encode("\n", add_special_tokens=False).ids or [run.meta["eos_token_id"]]
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
@@ -454,13 +519,12 @@ def print_sample(run: Run):
 # before the loop
 
 
-def make_model(s: Settings, meta: dict, folder: Path, out_dir: Path, state: dict | None) -> tuple[SmolLM2, Path | None]:
-    """The model in fp32, and the directory it is fine-tuned from, None where it is resumed or new."""
+def make_model(s: Settings, meta: dict, folder: Path, state: dict | None) -> tuple[SmolLM2, Path | None]:
+    """The model in fp32, and the directory it is fine-tuned from, None where it is resumed or new. The weights of a
+    state follow when there is an optimizer to take its part."""
     source_dir = None
     if state is not None:
-        # the weights are in state.pt: the directory holds the best model, which may be an older one
-        model = SmolLM2(read_config(out_dir))
-        model.load_state_dict(state["model"])
+        model = SmolLM2(state["config"])
     elif s.init_from in ("auto", "scratch"):
         same = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
         same += "rope_theta rms_norm_eps tie_word_embeddings".split()
@@ -477,9 +541,11 @@ def make_model(s: Settings, meta: dict, folder: Path, out_dir: Path, state: dict
         model, _ = load(source_dir, dtype=torch.float32)  # whatever the file holds
         if file_sha256(source_dir / "tokenizer.json") != meta["tokenizer_sha256"]:
             raise UserError(
-                f"{folder} was made with another tokenizer than {s.init_from} has. Make it with: python prepare.py "
-                f"--dataset={folder.name} --tokenizer={s.init_from}"
+                f"{folder} was made with another tokenizer than {s.init_from} has. Use another --dataset, or make it "
+                f"again: python prepare.py --dataset={folder.name} --tokenizer={s.init_from} (and --input)"
             )
+        if meta["eos_token_id"] not in model.config.eos_ids:  # an -Instruct model ends a turn, our documents end too
+            model.config.eos_token_id = [*sorted(model.config.eos_ids), meta["eos_token_id"]]
     limit = model.config.max_position_embeddings
     if s.block_size > limit:
         raise UserError(f"--block_size={s.block_size} is beyond the model's context of {limit} positions.")
@@ -510,7 +576,10 @@ def announce(run: Run):
     if run.resumed:
         say(f"resume   {run.out_dir}/state.pt at step {p.step:,}, best validation loss {p.best_val_loss:.4f}")
         if s.max_iters > p.lr_decay_iters and s.lr_schedule != "constant":
-            say(f"         the schedule ended at step {p.lr_decay_iters:,}; the rest runs at {s.min_lr:g}")
+            say(
+                f"!! the schedule ends at step {p.lr_decay_iters:,}, and the rest runs at min_lr={s.min_lr:g}. To "
+                f"stretch it: {run.command} --lr_decay_iters={s.max_iters} --accept_changes=lr_decay_iters"
+            )
 
 
 def already_finished(run: Run) -> bool:
@@ -532,8 +601,8 @@ def begin(run: Run):
     run.say(f"saves    to {out_dir}, first at step {first_save:,}, then every {s.eval_interval:,} steps")
     if run.rank == 0:
         if not run.resumed:
-            (out_dir / "state.pt").unlink(missing_ok=True)
-            (out_dir / "log.jsonl").unlink(missing_ok=True)
+            for name in ("state.pt", "stable.pt", "log.jsonl"):
+                (out_dir / name).unlink(missing_ok=True)
             context = model.config.max_position_embeddings
             save_tokenizer(out_dir, run.folder / "tokenizer.json", run.meta["eos_token"], context, run.source_dir)
             first_weights = dict(step="0", tokenizer_sha256=run.meta["tokenizer_sha256"])
@@ -542,12 +611,15 @@ def begin(run: Run):
             save_pretrained(model, out_dir, first_weights)
         for stale in out_dir.glob("*.tmp"):
             stale.unlink()
-        run.log = Log(out_dir / "log.jsonl", p.step)
+        run.log = Log(out_dir / "log.jsonl", p.step, run.say)
     if run.compiled:  # in place, so no name gets a prefix
         compile_for_training(model)
-    run.trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if run.world > 1 else model
+    run.trained = model
+    if run.world > 1:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in pieces
+        run.trained = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     run.tokenizer = read_tokenizer(run.folder)
-    run.stop = StopSignal(run.say)
+    run.stop = StopSignal(run.rank)
 
 
 def rehearse(run: Run):
@@ -578,7 +650,8 @@ def recover(run: Run, error: Exception):
     error is raised again, and so is every error of one process among several."""
     s = run.s
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    memory = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "alloc" in text
+    said = "out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"
+    memory = isinstance(error, torch.OutOfMemoryError) or any(words in text for words in said)
     if memory and run.micro > 1 and run.world == 1:
         run.micro //= 2
         run.say(f"!! out of memory: micro-batch {run.micro} from here on, still {s.global_batch_size} rows a step")
@@ -595,42 +668,81 @@ def recover(run: Run, error: Exception):
 
 
 def check_settings(s: Settings):
-    problems = []
-    for f in fields(s):
-        if f.type is int and getattr(s, f.name) < 0:
-            problems.append(f"--{f.name}={getattr(s, f.name)}: expected 0 or more.")
-    for name in "eval_interval eval_rows log_interval global_batch_size micro_batch_size block_size".split():
-        if getattr(s, name) == 0:
-            problems.append(f"--{name}=0: expected at least 1.")
-    if s.lr_schedule not in ("cosine", "wsd", "constant"):
-        problems.append(f"--lr_schedule={s.lr_schedule}: expected cosine, wsd or constant.")
-    if s.eval_interval and s.sample_interval % s.eval_interval:
-        problems.append(
-            f"--sample_interval={s.sample_interval}: expected a multiple of eval_interval={s.eval_interval}."
-        )
-    if not 0 <= s.token_noise < 1:
-        problems.append(f"--token_noise={s.token_noise}: expected a share of 0 or more and below 1.")
-    unknown = [k for k in s.accept_changes.split(",") if k.strip() and k.strip() not in {f.name for f in fields(s)}]
+    """UserError where settings do not fit each other, or the folder: before anything is prepared or written."""
+    named = changes_accepted(s)
+    unknown = [key for key in named if key not in {f.name for f in fields(s)}]
     if unknown:
-        problems.append(f"--accept_changes: {', '.join(unknown)}: no such setting.")
-    if problems:
-        raise UserError("\n".join(problems) + "\nNothing was started.")
+        raise UserError(f"--accept_changes: {', '.join(unknown)}: no such setting.")
+    if shape := [key for key in named if key in ARCHITECTURE]:
+        raise UserError(
+            f"--accept_changes: {', '.join(shape)}: a run cannot change its model's shape. Use another --out_dir."
+        )
+    out_dir = Path(s.out_dir)
+    if not s.out_dir.strip():
+        raise UserError("--out_dir is empty: expected a folder for the run, such as out/run.")
+    if s.init_from == "scratch" or (out_dir / "state.pt").is_file():
+        return
+    if s.init_from == "resume":
+        raise UserError(f"{out_dir}/state.pt not found: nothing to resume. Without --init_from=resume the run begins.")
+    # weights of step 0 are those that a run began with; all others are somebody's work
+    if holds_weights(out_dir) and metadata(out_dir).get("step") != "0":
+        raise UserError(
+            f"{out_dir} holds a model and no state.pt to go on from: a run there would overwrite it. Use another "
+            f"--out_dir (with --init_from={out_dir} to fine-tune that model), or --init_from=scratch to start over."
+        )
+
+
+def changes_accepted(s: Settings) -> list[str]:
+    return [key.strip() for key in s.accept_changes.split(",") if key.strip()]
+
+
+def resume(s: Settings, facts: dict, file: Path) -> tuple[Path, dict, Progress]:
+    """The state to go on from: its file, what it holds, and the numbers of the run. UserError where the run in it was
+    another, or is damaged.
+
+    Where a wsd schedule is stretched after its decay has begun, that is not state.pt but stable.pt, the state at the
+    beginning of the decay; the best model so far stays the best.
+    """
+    state = load_state(file)
+    check_resume(state, s, facts, file)
+    p = read_progress(state, file)
+    ended = p.lr_decay_iters
+    if "lr_decay_iters" in changes_accepted(s):
+        p.lr_decay_iters = s.lr_decay_iters or s.max_iters
+    stable = file.with_name("stable.pt")
+    if s.lr_schedule == "wsd" and p.lr_decay_iters > ended and p.step > decay_begins(s, ended) and stable.is_file():
+        file, state, before = stable, load_state(stable), p
+        check_resume(state, s, facts, file)
+        p = read_progress(state, file)
+        p.lr_decay_iters, p.since_best = before.lr_decay_iters, 0
+        p.best_val_loss, p.best_step = before.best_val_loss, before.best_step
+    return file, state, p
+
+
+def read_progress(state: dict, file: Path) -> Progress:
+    with damage_named(file, way_out_of(file)):
+        p = Progress(**state["progress"])
+        if not all(isinstance(value, int | float | None) for value in asdict(p).values()) or p.step < 0:
+            raise ValueError("its progress is not made of numbers")
+    return p
 
 
 def check_resume(state: dict, s: Settings, facts: dict, path: Path):
     """UserError naming every setting and every fact about the data that differs from the run in `state`."""
-    accepted = [key.strip() for key in s.accept_changes.split(",") if key.strip()]
+    accepted = changes_accepted(s)
     then, now = state["settings"], asdict(s)
     changed = [k for k in now if k not in MAY_CHANGE and k not in accepted and now[k] != then.get(k)]
     problems = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed]
+    if s.init_from not in ("auto", "resume", then.get("init_from")):
+        problems.append(f"it began with init_from={then.get('init_from')}, not {s.init_from}")
     for key, value in facts.items():
         before = state["facts"].get(key)
         if before != value:
             problems.append(f"the {key.replace('_', ' ')} was {str(before)[:12]}, is {str(value)[:12]}")
     if problems:
         remedy = f"Use the old values, another --out_dir, or --init_from=scratch to start {path.parent} over."
-        if changed:
-            remedy += f" To go on all the same: --accept_changes={','.join(changed)}"
+        if acceptable := [key for key in changed if key not in ARCHITECTURE]:
+            remedy += f" To go on all the same: --accept_changes={','.join(acceptable)}"
         raise UserError(f"{path} is of a run with other settings: {'; '.join(problems)}.\n{remedy}")
 
 
@@ -639,29 +751,63 @@ def check_resume(state: dict, s: Settings, facts: dict, path: Path):
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: the first asks the run to save and end at the next safe point, the second quits at once."""
+    """Ctrl-C, SIGTERM or a lost terminal: the first asks the run to save and end at the next safe point, the second
+    quits at once."""
 
-    def __init__(self, say: Callable):
-        self.asked, self.say = False, say
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+    def __init__(self, rank: int):
+        self.asked, self.rank = False, rank
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup has it ignored
+            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         if self.asked:
             os._exit(128 + number)
         self.asked = True
-        self.say(f"\n{signal.Signals(number).name}: saving at the end of this step; once more to quit at once")
+        text = f"\n{signal.Signals(number).name}: saving at the end of this step; once more to quit at once\n"
+        if self.rank == 0:
+            with suppress(OSError):
+                os.write(1, text.encode())  # not print(), which the signal may have interrupted
 
 
-def save(run: Run):
-    """state.pt, by the first process. A full disk is said, and does not end the run."""
-    if run.rank > 0:
-        return
-    file = run.out_dir / "state.pt"
+def say(text: str):
+    """Print a line. A terminal, pipe or disk that has gone does not end a run: log.jsonl has the numbers."""
     try:
-        save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), asdict(run.s), run.facts)
+        print(text, flush=True)
+    except OSError:
+        leave_stdout()
+
+
+def check_finite(run: Run):
+    """UserError where a weight is not a finite number, so that nothing is saved over what can be gone on from."""
+    if not all(bool(torch.isfinite(p).all()) for p in run.model.parameters()):
+        raise UserError(f"the weights are not finite at step {run.p.step:,}; not saved. {last_good(run)}")
+
+
+def last_good(run: Run) -> str:
+    """What is left of a run whose numbers went wrong, and how to go on."""
+    if run.saved is None:
+        return f"{run.out_dir} has no checkpoint yet: start over with a lower --learning_rate."
+    return (
+        f"{run.out_dir}/state.pt is of step {run.saved:,} and whole; go on from it with a lower --learning_rate and "
+        "--accept_changes=learning_rate."
+    )
+
+
+def save(run: Run, name: str = "state.pt"):
+    """state.pt, or another file of its kind, by the first process. A full disk is said, and does not end the run."""
+    check_finite(run)
+    file = run.out_dir / name
+    try:
+        if run.rank == 0:
+            settings = asdict(run.s) | {"init_from": run.origin}
+            save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), settings, run.facts)
     except OSError as error:
         run.say(f"!! {file} could not be written ({error}); the previous one is kept and training goes on")
+        return
+    if name == "state.pt":
+        run.saved = run.p.step
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The long version of the same, with fifty kills, is tests/tools/stress.py.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ import prepare
 import sample
 import train
 from config import UserError
+from files import file_sha256
 
 SMALL = (
     "--input=t.txt --dataset=t --vocab_size=300 --out_dir=out/t --hidden_size=32 --intermediate_size=48 "
@@ -198,12 +202,14 @@ def test_stopped_and_resumed_is_the_same_run_to_the_last_bit(here, monkeypatch, 
         assert "stopped at step" in capsys.readouterr().out
     go(monkeypatch, f"--dtype={dtype}", "--out_dir=out/stops")
     a, b = state(), state("out/stops")
-    for key in ("model", "optimizer", "scaler", "rng", "facts"):
+    for key in ("config", "model", "optimizer", "scaler", "facts"):
         assert same(a[key], b[key]), key
     for key in ("loss", "lr", "grad_norm", "val_loss"):
         assert log(key=key) == log("out/stops", key)
-    kept = checkpoint.metadata("out/t")  # with a checksum of the weights
-    assert kept == checkpoint.metadata("out/stops") and len(kept["crc32"]) == 8
+    assert len(checkpoint.metadata("out/t")["crc32"]) == 8
+    for name in os.listdir("out/t"):  # the model's files are equal byte by byte
+        if name not in ("state.pt", "log.jsonl", ".lock"):
+            assert file_sha256(f"out/t/{name}") == file_sha256(f"out/stops/{name}"), name
 
 
 @pytest.mark.slow
@@ -250,7 +256,8 @@ def test_settings_that_would_change_the_run_are_refused_by_name(here, monkeypatc
     with pytest.raises(UserError) as refused:
         go(monkeypatch, "--learning_rate=5e-3", "--seed=1", "--hidden_size=64")
     text = str(refused.value)
-    assert all(key in text for key in ("learning_rate was 0.01, is 0.005", "seed", "hidden_size", "--accept_changes="))
+    assert "learning_rate was 0.01, is 0.005" in text and "hidden_size" in text
+    assert text.endswith("--accept_changes=learning_rate,seed"), "another shape is no change to accept"
     go(monkeypatch, "--max_iters=6", "--learning_rate=5e-3", "--accept_changes=learning_rate")
     go(monkeypatch, "--max_iters=8", "--micro_batch_size=2", "--eval_interval=2", "--learning_rate=5e-3")
     assert state()["progress"]["step"] == 8
@@ -264,6 +271,141 @@ def test_other_data_under_a_run_are_refused(here, monkeypatch):
         go(monkeypatch)
     with pytest.raises(UserError, match="prepared with vocab_size=300, asked is 400"):
         go(monkeypatch, "--vocab_size=400", "--out_dir=out/new")
+
+
+# what each setting is changed to on a resume, where it is no number that could be halved
+OTHER = dict(lr_schedule="constant", dtype="bfloat16", eval_rows=3, seed=7, warmup_iters=6, lr_decay_iters=40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [k for k in vars(train.Settings()) if k not in train.MAY_CHANGE + train.ARCHITECTURE])
+def test_every_change_that_is_accepted_has_its_effect(here, monkeypatch, key):
+    """The same run, stopped at step 4, with one setting changed on the way: it must show in the losses, the rates, the
+    gradients or the weights, and from step 5 on. A setting that is accepted and does nothing is a lie."""
+    flags = ["--max_iters=8", "--lr_schedule=wsd", "--decay_fraction=0.25", "--token_noise=0.2", "--eval_rows=9"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        go(patch, *flags)
+    shutil.copytree("out/t", "out/changed")
+    go(monkeypatch, *flags)
+    then = state()["settings"][key]
+    now = OTHER[key] if key in OTHER else then / 2 if isinstance(then, float) else then // 2
+    go(monkeypatch, *flags, f"--{key}={now}", f"--accept_changes={key}", "--out_dir=out/changed")
+    assert state("out/changed")["settings"][key] == now
+    keys = ("loss", "lr", "grad_norm", "val_loss")
+    ours, theirs = ({k: log(run, k) for k in keys} for run in ("out/t", "out/changed"))
+    assert all(ours[k][step] == theirs[k][step] for k in keys[:3] for step in range(1, 5))
+    assert ours != theirs or not same(state()["model"], state("out/changed")["model"])
+
+
+@pytest.mark.slow
+def test_a_resume_that_changes_nothing_is_the_same_run(here, monkeypatch):
+    """Negative control of the test above: without a change nothing differs."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        go(patch, "--max_iters=8")
+    shutil.copytree("out/t", "out/changed")
+    go(monkeypatch, "--max_iters=8")
+    go(monkeypatch, "--max_iters=8", "--out_dir=out/changed", "--accept_changes=weight_decay")
+    assert log() == log("out/changed") and same(state()["model"], state("out/changed")["model"])
+
+
+def test_a_run_goes_on_from_what_it_began_with_alone(here, monkeypatch):
+    """Another init_from would be ignored, since the weights come from state.pt: refused. The recorded one is kept over
+    a resume that does not name it."""
+    for name in "ab":
+        save_hf_directory(here / name)
+    flags = ("--dataset=own", "--tokenizer=a")
+    go(monkeypatch, "--init_from=a", *flags, "--max_iters=1")
+    go(monkeypatch, *flags, "--max_iters=2")
+    assert state()["settings"]["init_from"] == "a"
+    go(monkeypatch, "--init_from=a", *flags, "--max_iters=3")
+    with pytest.raises(UserError, match="began with init_from=a, not b"):
+        go(monkeypatch, "--init_from=b", *flags, "--max_iters=4")
+    go(monkeypatch, *flags, "--out_dir=out/new", "--max_iters=1")
+    with pytest.raises(UserError, match="began with init_from=auto, not a"):
+        go(monkeypatch, *flags, "--out_dir=out/new", "--init_from=a")
+
+
+def test_a_trained_model_is_not_overwritten(here, monkeypatch):
+    """A downloaded model, and a run whose state.pt was deleted for space: refused with the ways out, every byte stays.
+    A folder that holds first weights alone, from a run that was killed early, is begun again."""
+    save_hf_directory(here / "out/t")
+    go(monkeypatch, "--max_iters=4", "--out_dir=out/run")
+    os.remove("out/run/state.pt")
+    for run, flag in (("out/t", "--init_from=auto"), ("out/run", "--init_from=auto"), ("out/t", "--init_from=out/t")):
+        before = {f: f.read_bytes() for f in (here / run).iterdir()}
+        with pytest.raises(UserError, match="--init_from=scratch") as refused:
+            go(monkeypatch, f"--out_dir={run}", flag)
+        assert f"--init_from={run}" in str(refused.value)
+        assert before == {f: f.read_bytes() for f in (here / run).iterdir()}
+    go(monkeypatch, "--max_iters=4", "--out_dir=out/run", "--init_from=scratch")
+    assert state("out/run")["progress"]["step"] == 4
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, signal.SIGINT)
+        patch.setattr(train, "save", lambda run: None)
+        go(patch, "--out_dir=out/early")
+    go(monkeypatch, "--max_iters=4", "--out_dir=out/early")
+
+
+def test_a_model_never_stands_without_its_state(here, monkeypatch):
+    """Killed between the first best model and the first state.pt, a run could neither go on nor begin again."""
+    real = train.save_pretrained
+
+    def killed(model, path, header):
+        if header["step"] != "0":
+            assert (here / "out/t/state.pt").is_file()
+        real(model, path, header)
+
+    monkeypatch.setattr(train, "save_pretrained", killed)
+    go(monkeypatch, "--max_iters=4")
+    assert checkpoint.metadata("out/t")["step"] == "4"
+
+
+@pytest.mark.slow
+def test_wsd_can_be_prolonged_from_where_its_decay_began(here, monkeypatch, capsys):
+    """Twelve steps of which six decay, then the same schedule stretched to twenty: the end is, to the last bit, that of
+    a run which was given twenty from the start. The better model of the first run stays until it is surpassed, and the
+    same command again goes on instead of going back."""
+    wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5", "--global_batch_size=4")
+    go(monkeypatch, *wsd)
+    assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 6
+    kept = checkpoint.metadata("out/t")
+    longer = ("--max_iters=20", "--lr_decay_iters=20", "--accept_changes=lr_decay_iters")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        go(patch, *wsd, *longer)
+    assert state()["progress"]["step"] == 9 and checkpoint.metadata("out/t") == kept
+    go(monkeypatch, *wsd, *longer)
+    go(monkeypatch, *wsd, "--max_iters=20", "--out_dir=out/whole")
+    assert same(state()["model"], state("out/whole")["model"]) and log() == log("out/whole")
+    assert log(key="lr")[10] == 0.01 and log(key="lr")[20] < 0.002
+    capsys.readouterr()
+    go(
+        monkeypatch, *wsd, "--max_iters=24", "--lr_decay_iters=20"
+    )  # without leave to stretch it: said, with the command
+    assert "!! the schedule ends at step 20" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then, now", [("float16", "float32"), ("float32", "float16"), ("bfloat16", "float16")])
+def test_a_state_moves_between_precisions(here, monkeypatch, then, now):
+    """fp16 has a loss scaler and the others have none: a state of either kind is gone on from in any precision."""
+    go(monkeypatch, "--max_iters=4", f"--dtype={then}")
+    go(monkeypatch, "--max_iters=8", f"--dtype={now}", "--accept_changes=dtype")
+    assert bool(state()["scaler"]) == (now == "float16") and state()["progress"]["skipped"] == 0
+    go(monkeypatch, "--max_iters=8", "--out_dir=out/u", "--lr_decay_iters=4")
+    assert abs(log()[8] - log("out/u")[8]) < 0.02
+
+
+@pytest.mark.slow
+def test_float16_trains_like_float32(here, monkeypatch):
+    """Losses and gradient norms of the first steps, through GradScaler, on a CPU."""
+    go(monkeypatch, "--dtype=float16")
+    go(monkeypatch, "--out_dir=out/exact")
+    for key in ("loss", "grad_norm"):
+        half, exact = log(key=key), log("out/exact", key)
+        assert all(abs(half[i] / exact[i] - 1) < 0.01 for i in exact), key
 
 
 def test_scratch_starts_over_and_resume_insists(here, monkeypatch):
@@ -330,12 +472,19 @@ def test_a_state_that_is_damaged_or_evil_is_refused(here, monkeypatch):
 
     torch.save({"model": Evil()}, "evil.pt")
     torch.save({"step": 3}, "other.pt")
+    parts = []
+    for part, value in (("model", {}), ("optimizer", {"state": {0: {}}}), ("progress", {"step": "x"}), ("facts", [])):
+        torch.save(state() | {part: value}, "part.pt")
+        parts.append((here / "part.pt").read_bytes())
+    with zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", bytes(2**20))
     for bad in (
         good[: len(good) // 2],
         bytes(flipped),
         b"",
         b"text",
-        *((here / f).read_bytes() for f in ("evil.pt", "other.pt")),
+        *((here / f).read_bytes() for f in ("evil.pt", "other.pt", "bomb.pt")),
+        *parts,
     ):
         (here / "out/t/state.pt").write_bytes(bad)
         with pytest.raises(UserError, match="--init_from=scratch"):
@@ -416,6 +565,46 @@ def test_sigterm_saves_and_prints_the_command_that_goes_on(here):
 
 
 @pytest.mark.slow
+def test_a_lost_terminal_stops_a_run_in_order(here):
+    """SIGHUP, with nobody left to read what is printed: saved, exit code 0, and the run goes on from there."""
+    run = start("--max_iters=100000")
+    wait_for(run, "| loss")
+    run.stdout.close()
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(timeout=60) == 0 and state()["progress"]["step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["pipe", "full device", "closed"])
+def test_losing_stdout_does_not_end_a_run(here, lost):
+    """`train.py | head -1`, a log on a full disk, no stdout at all: the run goes on, and log.jsonl has every step."""
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL]
+    if lost == "pipe":
+        reader, out = os.pipe()
+        os.close(reader)
+    else:
+        out = os.open("/dev/full", os.O_WRONLY)
+    closing = ["sh", "-c", 'exec "$@" >&-', "sh"] if lost == "closed" else []
+    done = subprocess.run([*closing, *command], stdout=out, stderr=subprocess.PIPE, text=True)
+    os.close(out)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    assert list(log()) == list(range(1, 13)) and state()["progress"]["step"] == 12
+
+
+@pytest.mark.slow
+def test_nohup_is_respected(here):
+    """A run that was told to outlive its terminal is not stopped by SIGHUP."""
+    run = start("--max_iters=100000", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(run, "| loss")
+    run.send_signal(signal.SIGHUP)
+    wait_for(run, "| loss")
+    time.sleep(0.3)
+    assert run.poll() is None
+    run.kill()
+    run.wait()
+
+
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(here):
     """The lock is the operating system's: a kill -9 cannot leave it behind."""
     first = start("--max_iters=100000")
@@ -492,6 +681,63 @@ def test_a_dying_process_ends_the_job(here):
     assert done.returncode != 0 and "Signal 9" in done.stderr
 
 
+DRIVER = f"""import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r}); import train
+rank = int(os.environ['RANK'])
+"""
+
+
+def driven(body, *flags, timeout=120):
+    """train.py on two processes, with a few lines of Python before it."""
+    Path("driver.py").write_text(DRIVER + body + "\ntrain.guard(train.main)")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py", *SMALL]
+    return subprocess.run(
+        [*command, *flags], capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["agree", "evaluate"])
+def test_a_signal_between_two_exchanges_stops_both_processes(here, function):
+    """Right after the processes have agreed to go on, one of them alone gets a signal: it must not leave, since the
+    other will wait for it. Both stop at the next exchange, saved."""
+    done = driven(
+        f"real = train.{function}; calls = []\n"
+        f"def then_a_signal(*a, **k):\n    result = real(*a, **k); calls.append(1)\n"
+        "    if rank == 1 and len(calls) == 2: os.kill(os.getpid(), signal.SIGTERM)\n    return result\n"
+        f"train.{function} = then_a_signal",
+        "--max_iters=1000", "--eval_interval=4",
+    )  # fmt: skip
+    assert done.returncode == 0 and "stopped at step" in done.stdout, done.stderr[-2000:]
+    assert state()["progress"]["step"] == (3 if function == "agree" else 9)
+
+
+@pytest.mark.slow
+def test_slow_preparation_does_not_time_out_the_others(here):
+    """Data that take longer to prepare than processes wait for each other: prepared before they join."""
+    done = driven(
+        "import datetime, torch.distributed as dist\n"
+        "real, init = train.prepare.prepare, dist.init_process_group\n"
+        "def slow(data):\n    time.sleep(6); return real(data)\n"
+        "train.prepare.prepare = slow\n"
+        "dist.init_process_group = lambda name: init(name, timeout=datetime.timedelta(seconds=3))",
+        "--max_iters=2",
+    )  # fmt: skip
+    assert done.returncode == 0 and "done: 2 steps" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_rotary_tables_are_not_sent_round_at_every_step(here):
+    """They are the same in every process for ever. Compiled blocks stay whole: optimize_ddp would cut them."""
+    done = driven(
+        "import torch\nreal = train.forward_backward\n"
+        "def looking(run, *a, **k):\n"
+        "    assert not run.trained.will_sync_module_buffers() and not torch._dynamo.config.optimize_ddp\n"
+        "    return real(run, *a, **k)\ntrain.forward_backward = looking",
+        "--max_iters=2",
+    )  # fmt: skip
+    assert done.returncode == 0 and "done: 2 steps" in done.stdout, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused(here, monkeypatch):
     done = torchrun("--global_batch_size=7")
@@ -515,6 +761,38 @@ def poison(monkeypatch, steps):
         return logits, loss
 
     monkeypatch.setattr(train.SmolLM2, "forward", forward)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("ends_by", ["evaluation", "signal", "five bad steps", "the end"])
+def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, dtype, ends_by):
+    """A learning rate of 1e30 after four good steps: whichever comes first, what the message calls the last good state
+    is it, byte by byte, and the advice in the message works. In float16 as well."""
+    flags = (f"--dtype={dtype}", "--max_iters=30", "--grad_clip=0")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        go(patch, *flags)
+    files = "state.pt", "model.safetensors"
+    before = [file_sha256(f"out/t/{name}") for name in files]
+    bad = ["--learning_rate=1e30", "--accept_changes=learning_rate", "--eval_interval=100"]
+    with monkeypatch.context() as patch:
+        if ends_by == "signal":
+            stop_at(patch, 5)
+        bad += {"evaluation": ["--eval_interval=2"], "the end": ["--max_iters=6", "--lr_decay_iters=0"]}.get(
+            ends_by, []
+        )
+        with pytest.raises(UserError, match="state.pt is of step 4 and whole"):
+            go(patch, *flags, *bad)
+    assert before == [file_sha256(f"out/t/{name}") for name in files]
+    go(monkeypatch, *flags, "--max_iters=6", "--learning_rate=1e-3", "--accept_changes=learning_rate")
+    assert state()["progress"]["step"] == 6
+
+
+def test_before_the_first_checkpoint_the_advice_is_to_start_over(here, monkeypatch):
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        go(monkeypatch, "--learning_rate=1e30", "--grad_clip=0")
+    go(monkeypatch)
+    assert state()["progress"]["step"] == 12
 
 
 def test_a_bad_step_is_skipped_counted_and_said(here, monkeypatch, capsys):
@@ -631,12 +909,17 @@ def test_fine_tuning_starts_where_transformers_is_and_gets_better(here, monkeypa
 
 
 def test_fine_tuning_with_another_tokenizer_is_refused(here, monkeypatch):
-    """The ids would mean other words to the model, and it would train all the same."""
+    """The ids would mean other words to the model, and it would train all the same. A new data set gets the model's."""
     save_hf_directory(here / "base")
-    with pytest.raises(UserError, match="--tokenizer=base"):
-        go(monkeypatch, "--init_from=base")
     with pytest.raises(UserError, match="no such directory"):
         go(monkeypatch, "--init_from=./nothing")
+    assert not (here / "data").exists()
+    go(monkeypatch, "--init_from=base", "--dataset=new", "--out_dir=out/new", "--max_iters=1")
+    assert prepare.read_meta("new")["tokenizer"] == "base"
+    go(monkeypatch, "--max_iters=1")
+    with pytest.raises(UserError, match="prepared with tokenizer=bpe, asked is base"):
+        go(monkeypatch, "--init_from=base", "--out_dir=out/u")
+    assert not (here / "out/u/model.safetensors").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -647,22 +930,39 @@ def test_fine_tuning_with_another_tokenizer_is_refused(here, monkeypatch):
     "flags, message",
     [
         (["--block_size=100000"], "--block_size="),
-        (["--eval_interval=0"], "eval_interval=0"),
-        (["--lr_schedule=linear"], "cosine, wsd or constant"),
-        (["--sample_interval=3"], "multiple of eval_interval"),
         (["--num_key_value_heads=3"], "must be a multiple"),
         (["--device=tpu"], "cannot be used here"),
-        (["--dtype=fp8"], "expected auto"),
-        (["--compile=maybe"], "auto, on or off"),
         (["--accept_changes=lr"], "no such setting"),
-        (["--max_iters=-1"], "expected 0 or more"),
+        (["--accept_changes=hidden_size"], "cannot change its model's shape"),
         (["--input=missing.txt", "--dataset=new"], "no such file"),
+        (["--out_dir="], "--out_dir is empty"),
+        (["--lr_schedule=wsd", "--warmup_iters=11"], "overlap"),
     ],
 )
 def test_mistakes_are_named_before_anything_starts(here, monkeypatch, flags, message):
     with pytest.raises(UserError, match=re.escape(message)):
         go(monkeypatch, *flags)
     assert not (here / "out/t/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+@pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(train.Settings) if f.type not in (str, bool)])
+def test_no_setting_takes_a_number_that_means_nothing(here, monkeypatch, capsys, key, value):
+    """-1, nan and inf are outside the range of every setting: a negative clip turns the gradient round, and a learning
+    rate of nan ends with "done"."""
+    with pytest.raises(SystemExit) as stopped:
+        go(monkeypatch, f"--{key}={value}")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"--{key}={value}: got" in err and not list(here.glob("out"))
+
+
+def test_a_schedule_that_makes_no_sense_is_warned_of(here, monkeypatch, capsys):
+    """It may be meant, as in a first try of a few steps: so it runs."""
+    go(monkeypatch, "--max_iters=4", "--warmup_iters=9", "--min_lr=0.5")
+    out = capsys.readouterr().out
+    assert "!! --warmup_iters=9" in out and "!! --min_lr=0.5" in out and "done: 4 steps" in out
+    go(monkeypatch, "--max_iters=4", "--out_dir=out/u")
+    assert "!!" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
