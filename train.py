@@ -45,7 +45,7 @@ from checkpoint import (
     save_tokenizer,
     way_out_of,
 )
-from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, leave_stdout, override
+from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, override, say
 from dataloader import Rows, find_data, to_device, validation_rows
 from device import (
     compile_for_training,
@@ -433,7 +433,7 @@ def evaluation_is_due(run: Run) -> bool:
 def evaluation(run: Run) -> bool:
     """Evaluate, keep the model if it is the best, print a sample; False if a signal cut it short."""
     p, meta = run.p, run.meta
-    check_finite(run)
+    check_sound(run)
     started = time.perf_counter()
     run.model.eval()
     loss = evaluate(run.model, run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
@@ -771,18 +771,18 @@ class StopSignal:
                 os.write(1, text.encode())  # not print(), which the signal may have interrupted
 
 
-def say(text: str):
-    """Print a line. A terminal, pipe or disk that has gone does not end a run: log.jsonl has the numbers."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        leave_stdout()
-
-
-def check_finite(run: Run):
-    """UserError where a weight is not a finite number, so that nothing is saved over what can be gone on from."""
-    if not all(bool(torch.isfinite(p).all()) for p in run.model.parameters()):
-        raise UserError(f"the weights are not finite at step {run.p.step:,}; not saved. {last_good(run)}")
+def check_sound(run: Run):
+    """UserError where there is nothing to go on from: weights, loss or gradient of the next rows are not finite. Finite
+    weights that are far too large give a finite loss and no gradient, so all are looked at before a save."""
+    inputs, targets = run.rows.batch(micro_batches(run, run.p.step)[0], run.device)
+    with run.autocast():
+        _, loss = run.model(inputs, targets, loss_only=True)
+    gradient = torch.autograd.grad(loss, list(run.model.parameters()))
+    numbers = [loss.detach()[None], *run.model.parameters(), *gradient]
+    if not all(bool(torch.isfinite(t).all()) for t in numbers):
+        raise UserError(
+            f"weights, loss or gradient are not finite at step {run.p.step:,}, so nothing was saved. {last_good(run)}"
+        )
 
 
 def last_good(run: Run) -> str:
@@ -797,7 +797,7 @@ def last_good(run: Run) -> str:
 
 def save(run: Run, name: str = "state.pt"):
     """state.pt, or another file of its kind, by the first process. A full disk is said, and does not end the run."""
-    check_finite(run)
+    check_sound(run)
     file = run.out_dir / name
     try:
         if run.rank == 0:

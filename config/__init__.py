@@ -228,6 +228,14 @@ def guard(main):
         raise SystemExit(130) from None
 
 
+def say(text: str):
+    """Print a line. A terminal, pipe or disk that has gone does not end the work: long runs print with this."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        leave_stdout()
+
+
 def leave_stdout():
     """Write out what is left to print. Where that fails, the terminal, the pipe or the disk behind it has gone: what is
     printed from here on goes nowhere, and no error comes of it."""

@@ -8,7 +8,7 @@ It trains a small model in a folder of its own and (1) kills it with SIGKILL at 
 evaluating and saving, checking after each kill that the model directory loads, here and in transformers, and that no
 more than one checkpoint interval is lost; (2) fills the disk under it; (3) stops it by signals at random steps; (4)
 splits the work otherwise, over micro-batches and processes, also from one resume to the next. Each time the result is
-compared with a run that nobody disturbed, to the last bit where one process computed it.
+compared with a run that nobody disturbed, to the last bit where one process computed it, the files by their sha256.
 """
 
 import json
@@ -29,13 +29,14 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
-from config import override  # noqa: E402
+from config import Whole, override  # noqa: E402
+from files import file_sha256  # noqa: E402
 
 
 @dataclass
 class Settings:
-    kills: int = 50  # SIGKILLs
-    stops: int = 10  # SIGINTs and SIGTERMs
+    kills: Whole = 50  # SIGKILLs
+    stops: Whole = 10  # SIGINTs and SIGTERMs
     seed: int = 0  # of the random instants
 
 
@@ -87,7 +88,8 @@ def same_run(a, b) -> str:
     for i, entry in x["optimizer"]["state"].items():
         wrong += [f"optimizer {i} {k}" for k, v in entry.items() if not torch.equal(v, y["optimizer"]["state"][i][k])]
     wrong += [key for key in ("loss", "lr", "grad_norm", "val_loss", "sample") if entries(a, key) != entries(b, key)]
-    wrong += ["best model"] if checkpoint.metadata(a) != checkpoint.metadata(b) else []
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        wrong += [f"sha256 of {name}"] if file_sha256(Path(a, name)) != file_sha256(Path(b, name)) else []
     return ", ".join(wrong[:5])
 
 
