@@ -31,20 +31,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 import prepare
-from checkpoint import (
-    find,
-    holds_weights,
-    load,
-    load_state,
-    metadata,
-    read_tokenizer,
-    restore,
-    save_pretrained,
-    save_state,
-    save_tokenizer,
-    way_out_of,
-)
 from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, override, say
 from dataloader import Rows, find_data, to_device, validation_rows
 from device import (
@@ -163,8 +151,8 @@ class Run:
         self.resumed = s.init_from == "resume" or (s.init_from != "scratch" and state_file.is_file())
         self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
         if self.resumed:
-            state_file, state, self.p = resume(s, self.facts, state_file)
-            self.origin, self.saved = state["settings"]["init_from"], self.p.step
+            state_file, state, self.p, self.saved = resume(s, self.facts, state_file)
+            self.origin = state["settings"]["init_from"]
         for warning in check_schedule(s, self.p.lr_decay_iters):
             self.say(f"!! {warning}")
 
@@ -181,7 +169,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")  # TF32 for what stays in fp32
         if self.resumed:
-            restore(state, state_file, self.model, self.optimizer, self.scaler)
+            checkpoint.restore(state, state_file, self.model, self.optimizer, self.scaler)
 
         # rows of a step: all, this process's share, and how many go through the model at a time
         self.step_tokens = s.global_batch_size * s.block_size
@@ -205,7 +193,7 @@ def main():
     check_settings(s)
     if s.init_from not in ("auto", "resume", "scratch"):
         if not Path(s.out_dir, "state.pt").is_file():  # else the model is not needed any more
-            find(s.init_from)
+            checkpoint.find(s.init_from)
         if data.tokenizer == "bpe":
             data.tokenizer = s.init_from  # no other fits the weights
     prepare_data(data)
@@ -254,14 +242,14 @@ def loop(run: Run):
     bad_steps = 0
     shown_at, shown_step = time.perf_counter(), p.step
     while True:
-        # evaluate, keep the best model, print a sample, save what a resume needs
+        # print a sample, evaluate, keep the best model, save what a resume needs
+        if sample_is_due(run):
+            print_sample(run)
         if evaluation_is_due(run):
-            if run.saved is None:
+            if run.saved is None and p.step > 0:
                 save(run)  # first, so that no trained model is ever without the state it came from
             if not evaluation(run):
                 break  # a signal cut it short
-            if sample_is_due(run):
-                print_sample(run)
             save(run)
             shown_at, shown_step = time.perf_counter(), p.step
             if s.patience and p.since_best >= s.patience:
@@ -273,8 +261,6 @@ def loop(run: Run):
                 f"{p.best_val_loss:.4f} at step {p.best_step:,}\nsample: python sample.py --model={run.out_dir}"
             )
             return
-        if sample_is_due(run):
-            print_sample(run)
         if s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
             save(run, "stable.pt")  # a run that is prolonged goes on from here
         started = time.perf_counter()
@@ -320,7 +306,8 @@ def loop(run: Run):
             shown_at, shown_step = time.perf_counter(), p.step
         if stopping:
             break
-    save(run)
+    if not save(run):
+        raise UserError(f"stopped at step {p.step:,} and not saved. {last_good(run)}")
     say(f"stopped at step {p.step:,}, saved. Go on with: {run.command}")
 
 
@@ -461,7 +448,7 @@ def evaluation(run: Run) -> bool:
     if best:
         header = dict(step=str(p.step), val_loss=f"{loss:.6f}", val_bpb=f"{bpb:.6f}")
         try:
-            save_pretrained(run.model, run.out_dir, header | {"tokenizer_sha256": meta["tokenizer_sha256"]})
+            checkpoint.save_pretrained(run.model, run.out_dir, header | {"tokenizer_sha256": meta["tokenizer_sha256"]})
         except OSError as error:
             run.say(f"!! the best model could not be written ({error}); the previous one is kept and training goes on")
     elif p.since_best >= 3:
@@ -537,8 +524,8 @@ def make_model(s: Settings, meta: dict, folder: Path, state: dict | None) -> tup
         )  # fmt: skip
         model = SmolLM2(config)
     else:
-        source_dir = find(s.init_from)
-        model, _ = load(source_dir, dtype=torch.float32)  # whatever the file holds
+        source_dir = checkpoint.find(s.init_from)
+        model, _ = checkpoint.load(source_dir, dtype=torch.float32)  # whatever the file holds
         if file_sha256(source_dir / "tokenizer.json") != meta["tokenizer_sha256"]:
             raise UserError(
                 f"{folder} was made with another tokenizer than {s.init_from} has. Use another --dataset, or make it "
@@ -604,12 +591,14 @@ def begin(run: Run):
             for name in ("state.pt", "stable.pt", "log.jsonl"):
                 (out_dir / name).unlink(missing_ok=True)
             context = model.config.max_position_embeddings
-            save_tokenizer(out_dir, run.folder / "tokenizer.json", run.meta["eos_token"], context, run.source_dir)
+            checkpoint.save_tokenizer(
+                out_dir, run.folder / "tokenizer.json", run.meta["eos_token"], context, run.source_dir
+            )
             first_weights = dict(step="0", tokenizer_sha256=run.meta["tokenizer_sha256"])
             if run.source_dir is None:
                 first_weights["untrained"] = "true"
-            save_pretrained(model, out_dir, first_weights)
-        for stale in out_dir.glob("*.tmp"):
+            checkpoint.save_pretrained(model, out_dir, first_weights)
+        for stale in [*out_dir.glob("*.tmp"), *out_dir.glob(".tmp*")]:  # of a killed process; the second: safetensors'
             stale.unlink()
         run.log = Log(out_dir / "log.jsonl", p.step, run.say)
     if run.compiled:  # in place, so no name gets a prefix
@@ -618,7 +607,7 @@ def begin(run: Run):
     if run.world > 1:
         torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in pieces
         run.trained = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    run.tokenizer = read_tokenizer(run.folder)
+    run.tokenizer = checkpoint.read_tokenizer(run.folder)
     run.stop = StopSignal(run.rank)
 
 
@@ -685,7 +674,7 @@ def check_settings(s: Settings):
     if s.init_from == "resume":
         raise UserError(f"{out_dir}/state.pt not found: nothing to resume. Without --init_from=resume the run begins.")
     # weights of step 0 are those that a run began with; all others are somebody's work
-    if holds_weights(out_dir) and metadata(out_dir).get("step") != "0":
+    if checkpoint.holds_weights(out_dir) and checkpoint.metadata(out_dir).get("step") != "0":
         raise UserError(
             f"{out_dir} holds a model and no state.pt to go on from: a run there would overwrite it. Use another "
             f"--out_dir (with --init_from={out_dir} to fine-tune that model), or --init_from=scratch to start over."
@@ -696,31 +685,31 @@ def changes_accepted(s: Settings) -> list[str]:
     return [key.strip() for key in s.accept_changes.split(",") if key.strip()]
 
 
-def resume(s: Settings, facts: dict, file: Path) -> tuple[Path, dict, Progress]:
-    """The state to go on from: its file, what it holds, and the numbers of the run. UserError where the run in it was
-    another, or is damaged.
+def resume(s: Settings, facts: dict, file: Path) -> tuple[Path, dict, Progress, int]:
+    """The state to go on from: its file, what it holds, the numbers of the run, and the step of state.pt. UserError
+    where the run in it was another, or it is damaged.
 
     Where a wsd schedule is stretched after its decay has begun, that is not state.pt but stable.pt, the state at the
     beginning of the decay; the best model so far stays the best.
     """
-    state = load_state(file)
+    state = checkpoint.load_state(file)
     check_resume(state, s, facts, file)
     p = read_progress(state, file)
-    ended = p.lr_decay_iters
+    ended, saved = p.lr_decay_iters, p.step
     if "lr_decay_iters" in changes_accepted(s):
         p.lr_decay_iters = s.lr_decay_iters or s.max_iters
     stable = file.with_name("stable.pt")
     if s.lr_schedule == "wsd" and p.lr_decay_iters > ended and p.step > decay_begins(s, ended) and stable.is_file():
-        file, state, before = stable, load_state(stable), p
+        file, state, before = stable, checkpoint.load_state(stable), p
         check_resume(state, s, facts, file)
         p = read_progress(state, file)
         p.lr_decay_iters, p.since_best = before.lr_decay_iters, 0
         p.best_val_loss, p.best_step = before.best_val_loss, before.best_step
-    return file, state, p
+    return file, state, p, saved
 
 
 def read_progress(state: dict, file: Path) -> Progress:
-    with damage_named(file, way_out_of(file)):
+    with damage_named(file, checkpoint.way_out_of(file)):
         p = Progress(**state["progress"])
         if not all(isinstance(value, int | float | None) for value in asdict(p).values()) or p.step < 0:
             raise ValueError("its progress is not made of numbers")
@@ -774,12 +763,12 @@ class StopSignal:
 def check_sound(run: Run):
     """UserError where there is nothing to go on from: weights, loss or gradient of the next rows are not finite. Finite
     weights that are far too large give a finite loss and no gradient, so all are looked at before a save."""
-    inputs, targets = run.rows.batch(micro_batches(run, run.p.step)[0], run.device)
+    first = run.p.step * run.s.global_batch_size  # the same rows in every process, so that all decide alike
+    inputs, targets = run.rows.batch(range(first, first + run.micro), run.device)
     with run.autocast():
         _, loss = run.model(inputs, targets, loss_only=True)
     gradient = torch.autograd.grad(loss, list(run.model.parameters()))
-    numbers = [loss.detach()[None], *run.model.parameters(), *gradient]
-    if not all(bool(torch.isfinite(t).all()) for t in numbers):
+    if not all(bool(torch.isfinite(t).all()) for t in (loss, *run.model.parameters(), *gradient)):
         raise UserError(
             f"weights, loss or gradient are not finite at step {run.p.step:,}, so nothing was saved. {last_good(run)}"
         )
@@ -795,19 +784,20 @@ def last_good(run: Run) -> str:
     )
 
 
-def save(run: Run, name: str = "state.pt"):
-    """state.pt, or another file of its kind, by the first process. A full disk is said, and does not end the run."""
+def save(run: Run, name: str = "state.pt") -> bool:
+    """state.pt, or another file of its kind, by the first process. A full disk is said and ends no run: False then."""
     check_sound(run)
     file = run.out_dir / name
     try:
         if run.rank == 0:
             settings = asdict(run.s) | {"init_from": run.origin}
-            save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), settings, run.facts)
+            checkpoint.save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), settings, run.facts)
     except OSError as error:
         run.say(f"!! {file} could not be written ({error}); the previous one is kept and training goes on")
-        return
+        return False
     if name == "state.pt":
         run.saved = run.p.step
+    return True
 
 
 if __name__ == "__main__":

@@ -200,7 +200,9 @@ def describe(Settings: type) -> str:
     rows = []
     for f in fields(Settings):
         default = "required" if f.default is MISSING else repr(f.default)
-        rows.append(f"  --{f.name}={default}".ljust(38) + "  " + comments[f.name])
+        words = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Literal else ()
+        choice = f" ({', '.join(filter(None, words))})" if words else ""
+        rows.append(f"  --{f.name}={default}".ljust(38) + "  " + comments[f.name] + choice)
     return "\n".join(rows)
 
 

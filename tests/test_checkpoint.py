@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TEXT, run_script, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -29,20 +30,94 @@ def test_saved_and_loaded_is_bit_equal(tmp_path):
         assert half.dtype == torch.bfloat16 and half.rotary.cos.dtype == torch.float32
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device that is always full")
-def test_a_full_disk_is_an_oserror_and_leaves_the_old_weights(tmp_path, monkeypatch):
-    """safetensors reports a full disk as an error class of its own; callers must be able to catch OSError."""
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of a file")
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_weights(tmp_path):
+    """safetensors reports a full disk as an error class of its own; callers must be able to catch OSError. The kernel
+    ends a write at a file's size limit as it does where the disk ends."""
+    import resource
+
     model = tiny()
     save_pretrained(model, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    real = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path, metadata: real(tensors, "/dev/full", metadata))
     with torch.no_grad():
         model.norm.weight += 1
-    with pytest.raises(OSError):
-        save_pretrained(model, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            save_pretrained(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not [f for f in os.listdir(tmp_path) if "tmp" in f]
+
+
+def test_equal_models_are_equal_files_with_the_rights_of_others(tmp_path):
+    """The library writes the header's keys in an order that changes from one write to the next: of eight files without
+    sort_header two are equal once in a blue moon. And it makes the file readable to its owner alone."""
+    for i in range(8):
+        save_pretrained(tiny(), tmp_path / str(i), dict(step="3", val_loss="1.5", note="naïve ☃"))
+    files = [tmp_path / str(i) / "model.safetensors" for i in range(8)]
+    assert len({file.read_bytes() for file in files}) == 1
+    assert checkpoint.metadata(tmp_path / "0")["note"] == "naïve ☃"
+    assert files[0].stat().st_mode == (tmp_path / "0/config.json").stat().st_mode
+    with safe_open(files[0], framework="pt") as f:
+        assert torch.equal(f.get_tensor("model.norm.weight"), tiny().norm.weight)
+
+
+def test_the_single_file_wins_over_a_stale_index(tmp_path):
+    """As in transformers: a folder that once held shards, and then got one file."""
+    save_pretrained(tiny(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="gone.safetensors not found"):
+        from_pretrained(tmp_path)
+    for index, message in (
+        ("[]", "index.json is damaged"),
+        ("{}", "weight_map"),
+        ('{"weight_map": {"x": "../y.safetensors"}}', "in another folder"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match=message):
+            from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.float64])
+def test_numbers_of_another_kind_are_refused(tmp_path, dtype):
+    """An integer or fp8 matrix would fail in the middle of a forward pass; a mixture must be told what to become."""
+    save_pretrained(tiny(), tmp_path)
+    alter(tmp_path, lambda t: t.update({"model.norm.weight": torch.ones(48).to(dtype)}))
+    with pytest.raises(UserError, match="model.norm.weight is of another type"):
+        from_pretrained(tmp_path)
+    alter(tmp_path, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.bfloat16)}))
+    with pytest.raises(UserError, match="mixes bfloat16 and float32"):
+        from_pretrained(tmp_path)
+    assert from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(rope_parameters=[1]), r"rope_parameters=\[1\]"),
+        (dict(hidden_size="48"), "hidden_size|damaged"),
+        (dict(num_attention_heads=0), "damaged|num_attention_heads"),
+        (dict(rope_parameters=None, rope_theta="big"), "damaged"),
+    ],
+)
+def test_a_damaged_config_is_one_line_that_names_the_file(tmp_path, change, message):
+    """Text for a number, a list for an object: whatever it is, a UserError that names config.json."""
+    save_pretrained(tiny(), tmp_path)
+    file = tmp_path / "config.json"
+    good = json.loads(file.read_text())
+    file.write_text(json.dumps(good | change))
+    with pytest.raises(UserError, match=message) as refused:
+        from_pretrained(tmp_path)
+    assert "config.json" in str(refused.value)
+    for text in ("[]", "3", "", "{" * 10**5, '{"a":' * 10**5):
+        file.write_text(text)
+        with pytest.raises(UserError, match="config.json is damaged"):
+            from_pretrained(tmp_path)
 
 
 def alter(path, change):

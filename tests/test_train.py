@@ -343,21 +343,21 @@ def test_a_trained_model_is_not_overwritten(here, monkeypatch):
     assert state("out/run")["progress"]["step"] == 4
     with monkeypatch.context() as patch:
         stop_at(patch, 1, signal.SIGINT)
-        patch.setattr(train, "save", lambda run: None)
+        patch.setattr(train, "save", lambda run: True)
         go(patch, "--out_dir=out/early")
     go(monkeypatch, "--max_iters=4", "--out_dir=out/early")
 
 
 def test_a_model_never_stands_without_its_state(here, monkeypatch):
     """Killed between the first best model and the first state.pt, a run could neither go on nor begin again."""
-    real = train.save_pretrained
+    real = checkpoint.save_pretrained
 
     def killed(model, path, header):
         if header["step"] != "0":
             assert (here / "out/t/state.pt").is_file()
         real(model, path, header)
 
-    monkeypatch.setattr(train, "save_pretrained", killed)
+    monkeypatch.setattr(checkpoint, "save_pretrained", killed)
     go(monkeypatch, "--max_iters=4")
     assert checkpoint.metadata("out/t")["step"] == "4"
 
@@ -537,6 +537,8 @@ def wait_for(process, text):
 def test_kill_9_loses_at_most_an_interval_and_never_the_model(here, monkeypatch):
     """Killed at random instants, the same command goes on, and the folder holds a whole model each time."""
     flags = ("--max_iters=60", "--eval_interval=2")
+    os.makedirs("out/t")
+    Path("out/t/.tmpAbC123").touch()  # what a kill in the middle of safetensors' write leaves
     for i in range(3):
         run = start(*flags)
         wait_for(run, "| loss")
@@ -550,7 +552,7 @@ def test_kill_9_loses_at_most_an_interval_and_never_the_model(here, monkeypatch)
     go(monkeypatch, *flags)
     go(monkeypatch, *flags, "--out_dir=out/whole")
     assert same(state()["model"], state("out/whole")["model"]) and log() == log("out/whole")
-    assert not list((here / "out/t").glob("*.tmp"))
+    assert not [f for f in os.listdir("out/t") if "tmp" in f]
 
 
 @pytest.mark.slow
