@@ -11,6 +11,7 @@ damaged or does not belong together is a UserError: no other weights and no othe
 """
 
 import json
+import math
 import shutil
 import zipfile
 import zlib
@@ -19,8 +20,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from config import UserError
@@ -31,6 +31,7 @@ from quantize import quantize as quantize_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 REPLACE = "Copy it again, or train again."  # what mends damaged weights
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # finding and loading
@@ -244,29 +245,39 @@ def save_pretrained(model: SmolLM2, path, metadata: dict[str, str] | None = None
     special = {k: getattr(model.config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(path / "config.json", config_to_dict(model.config, model.dtype))
     write_json(path / "generation_config.json", {k: v for k, v in special.items() if v is not None})
-    tensors = {hf_name(name): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    tensors = {hf_name(name): p.detach() for name, p in model.named_parameters()}
     assert all(t.is_floating_point() for t in tensors.values()), "int8 weights: save the model before quantize()"
-    header = {"format": "pt", "crc32": checksum(tensors)} | (metadata or {})
     with atomic(path / WEIGHTS) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:  # how the library reports a full disk
-            raise OSError(str(error)) from error
-        sort_header(temporary)
-        shutil.copymode(path / "config.json", temporary)  # the library makes it readable to its owner alone
+        shapes = {name: list(t.shape) for name, t in tensors.items()}
+        write_tensors(temporary, shapes, model.dtype, tensors.__getitem__, metadata or {})
 
 
-def sort_header(file: Path):
-    """The library writes the header's metadata in a random order. In the order of their names, equal models are equal
-    files. Its JSON is as compact as this one, so the length stays."""
-    with open(file, "rb+") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        assert len(text) == length, f"a header of {len(text)} bytes instead of {length}"
-        f.seek(8)
-        f.write(text)
+def write_tensors(file: Path, shapes: dict[str, list[int]], dtype: torch.dtype, read, metadata: dict[str, str]):
+    """A safetensors file, tensor by tensor: read(name) gives the one of that name, when it is its turn. All have one
+    dtype. Beside `metadata` the header gets a checksum of the bytes.
+
+    By hand, since the library wants all tensors at once, copies them, and writes the metadata in a random order: here
+    equal models are equal files. The format: https://github.com/huggingface/safetensors#format
+    """
+    names, size, offset = sorted(shapes), dtype.itemsize, 0
+    header = {"__metadata__": dict(sorted(({"format": "pt", "crc32": "00000000"} | metadata).items()))}
+    for name in names:
+        end = offset + size * math.prod(shapes[name])
+        header[name] = dict(dtype=SAFETENSORS_NAMES[dtype], shape=shapes[name], data_offsets=[offset, end])
+        offset = end
+    crc = 0
+    with open(file, "wb") as f:
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = read(name).to("cpu", dtype).contiguous()
+            assert list(tensor.shape) == shapes[name], f"{name} has shape {list(tensor.shape)}"
+            data = memoryview(tensor.flatten().view(torch.uint8).numpy())
+            f.write(data)
+            crc = zlib.crc32(data, crc)
+        f.seek(8 + text.index(b'"00000000"') + 1)
+        f.write(f"{crc:08x}".encode())
 
 
 def hf_name(name: str) -> str:
