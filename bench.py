@@ -9,17 +9,18 @@ Each contender (ours, transformers, llama.cpp) runs in a process of its own and 
 A B C A B C, so that a drift of the machine's speed touches all of them alike. The card shows the median of the rounds,
 the lowest and the highest, and what the hardware allows, measured in the same run: training and prefill are bound by
 matrix products (MFU: useful floating-point operations per second over those of a large bf16 product), decoding by
-memory (bytes of weights per second over those of a plain read). Compiling is timed separately, as "setup".
+memory (bytes of weights per second over those of a plain read). The limits are from the best that the machine showed
+during the whole run, so that a slow moment of it bounds nothing. Compiling is timed separately, as "setup".
 
 The last line of stdout is one JSON object.
 """
 
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,12 +29,13 @@ import time
 import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import prepare
 from checkpoint import config_to_dict, find, from_pretrained, read_tokenizer, save_pretrained, tokenizer_config
-from config import UserError, guard, override
+from config import Count, UserError, guard, override
 from device import compile_for_generation, compile_for_training, keep_freed_memory, peak_flops, pick_device
 from files import write_json
 from model import PRESETS, KVCache, SmolLM2
@@ -48,8 +50,8 @@ class Settings:
     #                 startup; empty: all
     vs: str = "hf,llamacpp"  # beside which others: hf, llamacpp, none
     model: str = ""  # model directory or hub id for prefill, decode and startup; empty: random weights, 135M
-    repeats: int = 5  # rounds
-    device: str = "cpu"  # cpu or cuda
+    repeats: Count = 5  # rounds
+    device: Literal["cpu", "cuda"] = "cpu"  # what is measured
 
 
 WORKS = "train train_full_vocab prefill decode decode_int8 encode startup".split()
@@ -58,7 +60,7 @@ TRAIN_SHAPE = {"train": (5000, 4, 256), "train_full_vocab": (49152, 2, 512)}  # 
 PREFILL = 512  # tokens
 PROMPT, NEW = 16, 64  # decoding: tokens of prompt, tokens generated
 OURS = "ours ours_eager ours_plain".split()
-PEERS = "hf llamacpp tokenizers".split()
+PEERS = "hf hf_compiled llamacpp tokenizers".split()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +68,8 @@ PEERS = "hf llamacpp tokenizers".split()
 
 
 def training(who: str, device: str, vocab: int, rows: int, T: int):
-    """Whole optimizer steps in bf16 autocast with fp32 weights, clipping and fused AdamW, on random tokens."""
+    """Whole optimizer steps in bf16 autocast with fp32 weights, clipping and fused AdamW, on random tokens. ours and
+    hf_compiled have their blocks compiled, one by one; ours_eager and hf run as they are written."""
     config = replace(PRESETS["135M"], vocab_size=vocab, max_position_embeddings=T)
     torch.manual_seed(0)
     if who.startswith("ours"):
@@ -81,6 +84,8 @@ def training(who: str, device: str, vocab: int, rows: int, T: int):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         model = LlamaForCausalLM(LlamaConfig(**config_to_dict(config, torch.float32))).to(device).train()
+        if who == "hf_compiled":
+            compile_for_training(model.model)  # its blocks are called layers, too
 
         def loss_of(ids):
             return model(ids[:, :-1], labels=ids[:, :-1]).loss
@@ -315,10 +320,14 @@ def serve(connection, contender, arguments):
 
 
 def peak_mb() -> float:
-    """The most memory this process has held. (On Linux getrusage would include what its parent held at the start.)"""
+    """The most memory this process has held; NaN on Windows. (Linux' getrusage counts what its parent held.)"""
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -372,8 +381,9 @@ def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: st
         return ggufs if who == "llamacpp" else folder
 
     if work in TRAIN_SHAPE:
-        names = ["ours", "ours_eager"] if work == "train" else ["ours"]
-        names += [v for v in vs if v == "hf"]
+        names = ["ours", *(v for v in vs if v == "hf")]
+        if work == "train":  # compiled with compiled, and eager with eager
+            names = [name for who in names for name in (who, {"ours": "ours_eager", "hf": "hf_compiled"}[who])]
         return {who: (training, who, device, *TRAIN_SHAPE[work]) for who in names}
     if work == "encode":
         return {who: (encoding, who) for who in ("ours", "tokenizers")}
@@ -388,8 +398,8 @@ def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: st
     return {who: (decoding, who, device, folder_of(who), int8) for who in names}
 
 
-def summary(work: str, found: dict, limits: dict, weights: dict) -> dict:
-    """Medians and spreads; ratio to the best peer (above 1 is better, for seconds too); share of the limit."""
+def summary(work: str, found: dict) -> dict:
+    """Medians and spreads; ratio to the best peer, which is named (above 1 is better, for seconds too)."""
     unit, result = UNITS[work], {"unit": UNITS[work]}
     for name, one in found.items():
         if "failed" in one:
@@ -399,15 +409,20 @@ def summary(work: str, found: dict, limits: dict, weights: dict) -> dict:
         result[name] = round(statistics.median(one["rounds"]), 2)
         result.setdefault("spread", {})[name] = [round(min(one["rounds"]), 2), round(max(one["rounds"]), 2)]
         result.setdefault("setup_s", {})[name] = round(one["setup_s"], 1)
-        result.setdefault("peak_mb", {})[name] = round(one["peak_mb"])
-    ours, peers = result.get("ours"), [result[name] for name in PEERS if result.get(name)]
-    result["ratio"] = None
+        result.setdefault("peak_mb", {})[name] = round(one["peak_mb"]) if math.isfinite(one["peak_mb"]) else None
+    ours, peers = result.get("ours"), {name: result[name] for name in PEERS if result.get(name)}
+    result["ratio"] = result["best_peer"] = None
     if ours and peers:
-        result["ratio"] = round(min(peers) / ours if unit == "s" else ours / max(peers), 2)
-    limit = hardware_limit(work, limits, weights)
-    result["limit"] = limit and round(limit, 1)
-    result["limit_fraction"] = round(ours / limit, 3) if ours and limit else None
+        best = result["best_peer"] = (min if unit == "s" else max)(peers, key=peers.get)
+        result["ratio"] = round(peers[best] / ours if unit == "s" else ours / peers[best], 2)
     return result
+
+
+def add_limit(work: str, result: dict, limits: dict, weights: dict):
+    """What the hardware allows, and our share of it, once the whole run has shown what that is."""
+    limit = hardware_limit(work, limits, weights) if limits else None
+    result["limit"] = limit and round(limit, 1)
+    result["limit_fraction"] = round(result["ours"] / limit, 3) if result.get("ours") and limit else None
 
 
 def hardware_limit(work: str, limits: dict, weights: dict) -> float | None:
@@ -439,8 +454,6 @@ def main():
     vs = [v.strip() for v in s.vs.split(",") if v.strip() not in ("", "none")]
     problems = [f"--only={w}: expected some of {', '.join(WORKS)}." for w in only if w not in WORKS]
     problems += [f"--vs={v}: expected hf, llamacpp or none." for v in vs if v not in ("hf", "llamacpp")]
-    if s.repeats < 1:
-        problems.append(f"--repeats={s.repeats}: expected at least 1.")
     if problems:
         raise UserError("\n".join(problems))
     device = pick_device(s.device)
@@ -476,7 +489,7 @@ def write_ggufs(folder: Path, temporary: Path, vs: list[str]) -> list[str]:
 
 
 def report(s, device, only, vs, folder, temporary, weights, started):
-    """Run each work and print its card; then the machine, and everything as one JSON object."""
+    """Run each work and print its card; then the limits, the machine, and everything as one JSON object."""
     results, limits = {}, {}
     for work in only:
         print(f"{work}:", end="", flush=True, file=sys.stderr)
@@ -484,12 +497,14 @@ def report(s, device, only, vs, folder, temporary, weights, started):
         if work not in ("encode", "startup"):
             contenders["machine"] = (machine, device)
         found = take_turns(contenders, s.repeats)
-        rounds = found.pop("machine", {}).get("rounds", [])
-        # the limit is the best that the machine showed during this work: a slow moment does not bound the hardware
-        here = {key: max(r[key] for r in rounds) for key in rounds[0]} if rounds else {}
-        limits = {key: max(value, limits.get(key, 0)) for key, value in here.items()} or limits
-        results[work] = summary(work, found, here, weights)
+        for seen in found.pop("machine", {}).get("rounds", []):
+            limits = {key: max(value, limits.get(key, 0)) for key, value in seen.items()}
+        results[work] = summary(work, found)
         print_card(work, results[work])
+    for work, r in results.items():
+        add_limit(work, r, limits, weights)
+        if r["limit_fraction"]:
+            print(f"{work}: {r['limit_fraction']:.0%} of the {r['limit']:,.0f} {r['unit']} that the hardware allows")
     info = machine_info(device, limits) | {"seconds": round(time.time() - started)}
     print(
         f"machine: {info['device']}, {info['threads']} threads, bf16 product {info['gflops'].get('bfloat16', 0):,.0f} "
@@ -527,14 +542,13 @@ def print_card(work: str, r: dict):
             print(f"  {name:<11} failed: {r['failed'][name]}")
             continue
         low, high = r["spread"][name]
+        memory = f", peak {r['peak_mb'][name]:,} MB" if r["peak_mb"][name] else ""
+        compiled = ", compiled" if work in TRAIN_SHAPE and name in ("ours", "hf_compiled") else ""
         print(
             f"  {name:<11}{r[name]:>10,.1f} {r['unit']:<6} ({low:,.1f} to {high:,.1f})   "
-            f"setup {r['setup_s'][name]:.1f} s, peak {r['peak_mb'][name]:,} MB"
+            f"setup {r['setup_s'][name]:.1f} s{memory}{compiled}"
         )
-    tail = f"  {r['ratio']:.2f} x the best peer" if r["ratio"] else "  no peer"
-    if r["limit_fraction"]:
-        tail += f"; {r['limit_fraction']:.0%} of the {r['limit']:,.0f} {r['unit']} that the hardware allows"
-    print(f"{tail}\n", flush=True)
+    print(f"  {r['ratio']:.2f} x {r['best_peer']}, the best peer\n" if r["ratio"] else "  no peer\n", flush=True)
 
 
 if __name__ == "__main__":

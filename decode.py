@@ -53,7 +53,7 @@ class Model(ctypes.Structure):
 @cache
 def library():
     """decode.c, compiled for this processor and loaded. The result is kept in __pycache__, under a name that changes
-    with the source, the compiler and the processor. Raises OSError or CalledProcessError."""
+    with the source, the compiler (an update of it, too) and the processor. Raises OSError or CalledProcessError."""
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if os.name == "nt" or compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc or clang) was found")
@@ -66,7 +66,9 @@ def library():
     if platform.machine() == "x86_64":
         flags.append("-mprefer-vector-width=512")
     processor = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
-    key = SOURCE.read_bytes() + repr((compiler, flags, processor)).encode()
+    binary = Path(compiler).resolve()
+    version = str(binary), binary.stat().st_size, binary.stat().st_mtime_ns  # asking it would take longer
+    key = SOURCE.read_bytes() + repr((version, flags, processor)).encode()
     file = SOURCE.parent / "__pycache__" / f"decode.{hashlib.sha256(key).hexdigest()[:16]}.so"
     with suppress(OSError):  # not there yet, or damaged: compile it
         return ctypes.CDLL(str(file))
@@ -95,10 +97,16 @@ def reason_against(model: SmolLM2) -> str:
     c = model.config
     if any(n % 4 for n in (c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)):
         return "decode.c needs sizes that are multiples of 4"
+    return compiling_fails()
+
+
+@cache
+def compiling_fails() -> str:
+    """Why there is no library() here; empty where there is. Asked once a process: failing takes as long each time."""
     try:
         library()
     except subprocess.CalledProcessError as error:
-        return f"decode.c did not compile: {error.stderr.strip().splitlines()[0]}"
+        return f"decode.c did not compile: {(error.stderr.strip() or str(error)).splitlines()[0]}"
     except OSError as error:
         return str(error)
     return ""
@@ -150,6 +158,8 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, token: int, cache: KVCache, position: int):
+        if not 0 <= token < self.c.V or position < 0:  # decode.c would read and write outside the tensors
+            raise IndexError(f"token {token} at position {position}: the vocabulary is 0 .. {self.c.V - 1}")
         cache.reserve(position + 1)
         self.attach(cache)
         if self.check and self.model not in checked:

@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -21,8 +22,12 @@ from model import SmolLM2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bf16/fp16 peaks from the vendors' data sheets. A device that is not here gets no MFU rather than a wrong one.
-KNOWN_PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
+# Dense bf16/fp16 peaks from the vendors' data sheets, by whole words of the device's name; the first that fits counts.
+# A device that is not here gets no MFU rather than a wrong one, and so does a slice (MIG) or a laptop's GPU.
+KNOWN_PEAK_TFLOPS = {
+    "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
+    "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -34,6 +39,8 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):  # torch knows more: on "meta" nothing is computed
+            raise RuntimeError("expected auto, cuda, cuda:1, mps or cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -92,7 +99,7 @@ def peak_flops(device: str, dtype: torch.dtype, given_tflops: float = 0.0) -> tu
     if device.startswith("cuda") and dtype != torch.float32:
         name = torch.cuda.get_device_name()
         for key, tflops in KNOWN_PEAK_TFLOPS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b(?! (?:Ti|D)\b)(?!.*\b(?:MIG|Laptop)\b)", name):
                 return tflops * 1e12, f"data sheet of {key}"
     return 0.0, "unknown"
 
@@ -160,10 +167,19 @@ def join_processes(device: str) -> tuple[int, int, str]:
     torchrun says in the environment who is who; a process started without it is alone: (0, 1, device). The processes
     exchange gradients through NCCL on GPUs and through gloo elsewhere. End with dist.destroy_process_group().
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    names = "RANK", "WORLD_SIZE", *(["LOCAL_RANK"] if device == "cuda" else [])
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, device
+    try:
+        rank, world, *local = (int(os.environ[name]) for name in names)
+        if not 0 <= rank < world:
+            raise ValueError
+    except (KeyError, ValueError):
+        said = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
+        raise UserError(f"{said}: not what torchrun sets. Start with torchrun, or unset these to go alone.") from None
     if world > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if local:
+            device = f"cuda:{local[0]}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world, device

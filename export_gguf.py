@@ -16,25 +16,28 @@ value without an error, and write fluent nonsense.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import json
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpoint import find, hf_name, load, newest_run
-from config import UserError, guard, override
-from files import atomic, read_json
+from config import UserError, guard, is_text, override
+from files import atomic, damage_named, read_json
 
 
 @dataclass
 class Settings:
     model: str = ""  # model directory or hub id; empty: the newest run under out/
-    outtype: str = "q8_0"  # f32, f16, bf16, or q8_0: int8 in blocks of 32 with an fp16 scale, 8.5 bits a weight
+    outtype: Literal["q8_0", "f16", "bf16", "f32"] = "q8_0"  # q8_0: int8 in blocks of 32, 8.5 bits a weight in all
     out_dir: str = ""  # folder for the two files; empty: the model's own, for a hub id out/NAME-gguf
 
 
@@ -138,12 +141,11 @@ def check_representable(model, outtype: str, source: Path):
 # the tokenizer
 
 
-def read_vocabulary(path: Path, vocab_size: int) -> dict:
-    """pre (a name of PRE_TOKENIZERS), tokens, types and merges as GGUF stores them. UserError where llama.cpp would not
-    tokenize as tokenizer.json does."""
-    file = path / "tokenizer.json"
+def read_vocabulary(file: Path, tokenizer, vocab_size: int) -> dict:
+    """pre (a name of PRE_TOKENIZERS), tokens, types and merges as GGUF stores them, from tokenizer.json, which
+    `tokenizer` was read from. UserError where llama.cpp would not tokenize as it does."""
     spec = read_json(file)
-    model, pre, post = spec["model"], spec.get("pre_tokenizer") or {}, spec.get("post_processor") or {}
+    model, pre = spec["model"], spec.get("pre_tokenizer") or {}
     added = {token["id"]: token for token in spec.get("added_tokens") or []}
 
     # what llama.cpp has no counterpart for
@@ -155,8 +157,8 @@ def read_vocabulary(path: Path, vocab_size: int) -> dict:
             wrong.append(f"{key}={model[key]!r}")
     if spec.get("normalizer"):
         wrong.append(f"a normalizer ({spec['normalizer'].get('type')})")
-    if post.get("type", "ByteLevel") != "ByteLevel":
-        wrong.append(f"a post-processor ({post['type']}) that may add tokens")
+    if tokenizer.num_special_tokens_to_add(False):
+        wrong.append(f"a post-processor ({spec['post_processor'].get('type')}) that adds tokens to every text")
     steps = [step for step in pre.get("pretokenizers", [pre]) if step]
     kinds = tuple(step["type"] for step in steps)
     name = PRE_TOKENIZERS.get(kinds)
@@ -185,14 +187,17 @@ def read_vocabulary(path: Path, vocab_size: int) -> dict:
 
 def read_chat_template(path: Path) -> str | None:
     """The Jinja chat template of a model directory, from either of the two places; None for a base model."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    settings = path / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+    files = path / "chat_template.jinja", path / "tokenizer_config.json"
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return None
+    with damage_named(file):
+        template = read_json(file).get("chat_template") if file.suffix == ".json" else file.read_text(encoding="utf-8")
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if template is not None and not (isinstance(template, str) and is_text(template)):
+            raise ValueError("chat_template is no text")
+        return template
 
 
 def end_tokens(config, source: Path) -> list[int]:
@@ -267,11 +272,17 @@ def add_fields(w, config, vocabulary: dict, template: str | None, ends: list[int
     if len(ends) == 2:
         w.add_eot_token_id(ends[1])
     # never put before a text, but llama.cpp would take token 11 for it where the field is missing
-    w.add_bos_token_id(ends[0] if config.bos_token_id is None else config.bos_token_id)
+    w.add_bos_token_id(config.bos_token_id if config.bos_token_id in range(config.vocab_size) else ends[0])
     w.add_add_bos_token(False)  # SmolLM2 was trained without one
     w.add_add_eos_token(False)
     if template:
         w.add_chat_template(template)
+
+
+def must(condition: bool, otherwise: str):
+    """An assertion that holds under `python -O` as well."""
+    if not condition:
+        raise AssertionError(otherwise)
 
 
 def read_back(file: Path) -> tuple[dict, dict]:
@@ -292,7 +303,7 @@ def read_back(file: Path) -> tuple[dict, dict]:
                 return [value(kind) for _ in range(length)]
             return number(VALUE_FORMATS[kind])
 
-        assert f.read(4) == b"GGUF" and number("<I") == 3, "not a GGUF file of version 3"
+        must(f.read(4) == b"GGUF" and number("<I") == 3, "not a GGUF file of version 3")
         n_tensors, n_fields = number("<Q"), number("<Q")
         fields = {value(STRING): value(number("<I")) for _ in range(n_fields)}
         tensors = {}
@@ -313,18 +324,18 @@ def check(file: Path, model, tokenizer, vocabulary: dict, outtype: str):
     vocab_size = model.config.vocab_size
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     special = tokenizer.get_added_tokens_decoder()
-    assert len(tokens) == len(types) == vocab_size, f"{len(tokens)} tokens for a vocabulary of {vocab_size}"
+    must(len(tokens) == len(types) == vocab_size, f"{len(tokens)} tokens for a vocabulary of {vocab_size}")
     for i, (token, kind) in enumerate(zip(tokens, types)):
         known = tokenizer.id_to_token(i)
-        assert known in (token, None), f"token {i} is {known!r} in the tokenizer and {token!r} in the file"
+        must(known in (token, None), f"token {i} is {known!r} in the tokenizer and {token!r} in the file")
         if known is None:
             expected = UNUSED
         elif i not in special:
             expected = NORMAL
         else:
             expected = CONTROL if special[i].special else USER_DEFINED
-        assert kind == expected, f"token {i} ({token!r}) has type {kind}, expected {expected}"
-    assert fields["tokenizer.ggml.merges"] == vocabulary["merges"], "the merges differ"
+        must(kind == expected, f"token {i} ({token!r}) has type {kind}, expected {expected}")
+    must(fields["tokenizer.ggml.merges"] == vocabulary["merges"], "the merges differ")
 
 
 def check_tensors(file: Path, stored: dict, model, outtype: str):
@@ -335,13 +346,13 @@ def check_tensors(file: Path, stored: dict, model, outtype: str):
     """
     gguf, D = need_gguf(), model.config.head_dim
     names = {ggml_name(name) for name, _ in model.named_parameters()}
-    assert set(stored) == names, f"tensors differ by {set(stored) ^ names}"
+    must(set(stored) == names, f"tensors differ by {set(stored) ^ names}")
     total = sum(p.numel() for p in model.parameters())
     with open(file, "rb") as f, tqdm(total=total, unit_scale=True, desc="checking", disable=None) as bar:
         for name, p in model.named_parameters():
             shape, kind, offset = stored[ggml_name(name)]
             kind, p = gguf.GGMLQuantizationType(kind), p.detach()
-            assert shape == list(p.shape), f"{ggml_name(name)} has shape {shape}"
+            must(shape == list(p.shape), f"{ggml_name(name)} has shape {shape}")
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 row = torch.arange(p.size(0))
                 head, i = row // D, row % D
@@ -359,7 +370,7 @@ def check_tensors(file: Path, stored: dict, model, outtype: str):
                 else:
                     kept = {"f16": torch.float16, "bf16": torch.bfloat16}.get(outtype if p.dim() == 2 else "f32")
                     equal = theirs == torch.from_numpy(ours).to(kept or torch.float32).float().numpy()
-                assert equal.all(), f"{ggml_name(name)} was not stored as it is in the model"
+                must(equal.all(), f"{ggml_name(name)} was not stored as it is in the model")
                 bar.update(ours.size)
 
 
@@ -367,22 +378,56 @@ def check_tensors(file: Path, stored: dict, model, outtype: str):
 # the Modelfile
 
 
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 29  # what rendering a template may take
+RENDER = """
+import json, sys
+template, values, seconds, size = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+except (ImportError, ValueError, OSError):  # Windows has no such limits, and macOS not the second
+    pass
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])  # as in transformers
+text = ImmutableSandboxedEnvironment(**options).from_string(template).render(values)
+if len(text) > 1_000_000:
+    raise OverflowError("more than a million characters")
+json.dump(text, sys.stdout)
+"""
+
+
+def render_template(template: str, **values) -> str:
+    """The text that a Jinja template writes with these values, which are what JSON can hold. UserError where it fails.
+
+    A template comes with a model, from anyone. Jinja's sandbox keeps it from the machine, but not from looping for ever
+    or filling the memory, so it is rendered in a process of its own, whose time and memory are bounded.
+    """
+    options = dict(capture_output=True, text=True, timeout=TEMPLATE_SECONDS)
+    given = json.dumps([template, values, TEMPLATE_SECONDS, TEMPLATE_BYTES])
+    try:
+        done = subprocess.run([sys.executable, "-P", "-c", RENDER], input=given, **options)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the chat template was not rendered within {TEMPLATE_SECONDS} seconds.") from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it was ended with exit code {done.returncode}"])[-1][:200]
+        raise UserError(f"the chat template cannot be rendered ({reason}).")
+    return json.loads(done.stdout)
+
+
 def chatml_system(template: str) -> str | None:
     """The system message that a ChatML template adds by itself ("" for none); None if the template is not ChatML.
 
-    Ollama has a template language of its own, so a Jinja template cannot be passed on. It is rendered instead, in
-    Jinja's sandbox, and compared with what ChatML would give.
+    Ollama has a template language of its own, so a Jinja template cannot be passed on. It is rendered instead, and
+    compared with what ChatML would give.
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     turns = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
     messages = [dict(role=role, content=content) for role, content in turns]
     body = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
+    values = dict(messages=messages, add_generation_prompt=True, bos_token="", eos_token="<|im_end|>")
     try:
-        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-        text = compiled.render(messages=messages, add_generation_prompt=True, bos_token="", eos_token="<|im_end|>")
-    except TemplateError:
+        text = render_template(template, **values)
+    except UserError:
         return None
     head, found, tail = text.partition(body)
     if not found or tail:
@@ -393,7 +438,7 @@ def chatml_system(template: str) -> str | None:
 
 def modelfile(gguf_name: str, model, tokenizer, template: str | None) -> str:
     """https://docs.ollama.com/modelfile: which file, what ends a text, and how a conversation is written."""
-    stops = [tokenizer.id_to_token(i) for i in sorted(model.config.eos_ids)]
+    stops = [tokenizer.id_to_token(i) or f"[PAD{i}]" for i in sorted(model.config.eos_ids)]
     lines = [f"# ollama create NAME -f Modelfile      then: ollama run NAME\nFROM ./{gguf_name}"]
     system = chatml_system(template) if template else None
     if template and system is not None:
@@ -403,11 +448,16 @@ def modelfile(gguf_name: str, model, tokenizer, template: str | None) -> str:
             '<|im_start|>assistant\n"""'
         )
         if system:
+            if '"""' in system or system.strip('"') != system:
+                raise UserError(f"the chat template's system message has quotes that would end it: {system[:80]!r}.")
             lines.append(f'SYSTEM """{system}"""')
     elif template:
         lines.append("# The chat template is not ChatML; Ollama has to recognise the one in the GGUF file by itself.")
     else:  # a base model continues the text as it is; without this line Ollama would make a conversation of it
         lines.append('TEMPLATE """{{ .Prompt }}"""')
+    odd = [text for text in (gguf_name, *stops) if '"' in text or not text.isprintable()]
+    if odd:  # what follows a quote or a line break would be read as a line of the Modelfile's own
+        raise UserError(f"a Modelfile cannot hold {odd[0]!r}: it has quotes, or characters that cannot be printed.")
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     # Past the positions it was trained on a model writes nonsense. Up to 8,192 of them take little memory.
     lines.append(f"PARAMETER num_ctx {min(model.config.max_position_embeddings, 8192)}")
@@ -432,17 +482,20 @@ def export(path, outtype: str = "q8_0", out_dir="") -> Path:
     name = Path(path).resolve().name if local else str(path).split("/")[1]
     folder = Path(out_dir) if out_dir else source if local else Path("out") / f"{name}-gguf"
     model, tokenizer = load(source, copy=False)
-    vocabulary, template = read_vocabulary(source, model.config.vocab_size), read_chat_template(source)
+    with damage_named(source / "tokenizer.json"):
+        vocabulary = read_vocabulary(source / "tokenizer.json", tokenizer, model.config.vocab_size)
+    template = read_chat_template(source)
     ends = end_tokens(model.config, source)
     check_representable(model, outtype, source)
     file = folder / f"{name}-{outtype}.gguf"
+    for_ollama = modelfile(file.name, model, tokenizer, template)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(file) as temporary:
             write(temporary, model, vocabulary, template, ends, name, outtype)
             check(temporary, model, tokenizer, vocabulary, outtype)
         with atomic(folder / "Modelfile") as temporary:
-            temporary.write_text(modelfile(file.name, model, tokenizer, template), encoding="utf-8")
+            temporary.write_text(for_ollama, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file} could not be written ({error}). Choose another place with --out_dir=FOLDER.") from None
     return file

@@ -22,6 +22,7 @@ heads, D head dim, V vocabulary. G = H / K query heads share a key/value head.
 
 import math
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 import torch.nn as nn
@@ -29,40 +30,50 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import ops
-from config import UserError
+from config import Positive, UserError, Within, check
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
 
+# far beyond any model of this family, so that a config.json with 10^9 layers is refused and not built
+Size, Layers = Annotated[int, Within(least=1, most=2**20)], Annotated[int, Within(least=1, most=1024)]
+MOST_WEIGHTS, MOST_TABLE = 2**37, 2**26  # in all; numbers in a table of RoPE
+
 
 @dataclass
 class SmolLM2Config:  # the defaults are SmolLM2-135M
-    vocab_size: int = 49152  # V
-    hidden_size: int = 576  # C
-    intermediate_size: int = 1536  # width of the MLP: 8/3 of C, the SwiGLU paper's choice
-    num_hidden_layers: int = 30  # deep and narrow: what the paper found best at this size
-    num_attention_heads: int = 9  # H
-    num_key_value_heads: int = 3  # K: three query heads share one key/value head, so the cache is a third
-    head_dim: int = 64  # D
-    max_position_embeddings: int = 8192  # the context: positions the model was trained on
-    rope_theta: float = 100000.0  # the released weights' base; 10000, the usual one, gives fluent nonsense
-    rms_norm_eps: float = 1e-5
+    vocab_size: Size = 49152  # V
+    hidden_size: Size = 576  # C
+    intermediate_size: Size = 1536  # width of the MLP: 8/3 of C, the SwiGLU paper's choice
+    num_hidden_layers: Layers = 30  # deep and narrow: what the paper found best at this size
+    num_attention_heads: Size = 9  # H
+    num_key_value_heads: Size = 3  # K: three query heads share one key/value head, so the cache is a third
+    head_dim: Size = 64  # D
+    max_position_embeddings: Size = 8192  # the context: positions the model was trained on
+    rope_theta: Positive = 100000.0  # the released weights' base; 10000, the usual one, gives fluent nonsense
+    rms_norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = True  # the head is the embedding; at 135M it would be a fifth of the weights again
-    initializer_range: float = 1 / 24  # 1 / sqrt(576)
+    initializer_range: Positive = 1 / 24  # 1 / sqrt(576)
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        H, K = self.num_attention_heads, self.num_key_value_heads
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int and (not isinstance(value, int) or value < 1):
-                raise UserError(f"{f.name}={value!r}: expected a whole number of at least 1.")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        eos = values.pop("eos_token_id")
+        check(SmolLM2Config, **values)
+        for i in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+            if type(i) is not int or not 0 <= i < self.vocab_size:
+                raise UserError(f"eos_token_id={eos!r}: expected a token id below {self.vocab_size}, a list, or none.")
+        C, H, K, D = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
         if H % K:
             raise UserError(f"num_attention_heads={H} must be a multiple of num_key_value_heads={K}.")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} must be even: RoPE turns the dimensions in pairs.")
+        if D % 2:
+            raise UserError(f"head_dim={D} must be even: RoPE turns the dimensions in pairs.")
+        weights = C * (self.vocab_size + self.num_hidden_layers * (2 * (H + K) * D + 3 * self.intermediate_size))
+        if weights > MOST_WEIGHTS or self.max_position_embeddings * D > MOST_TABLE:
+            positions = f"{self.max_position_embeddings:,} positions of head_dim={D}"
+            raise UserError(f"{weights:,} weights, {positions}: beyond any model of this family. A digit too many?")
 
     @property
     def eos_ids(self) -> set[int]:
@@ -106,15 +117,16 @@ class RMSNorm(nn.Module):
 # rotary positions
 
 
-def rope_tables(config: SmolLM2Config, device=None):
-    """cos and sin of every position's rotation angles, fp32, (max_position_embeddings, D) each.
+def rope_tables(config: SmolLM2Config):
+    """cos and sin of every position's rotation angles, fp32 on the CPU, (max_position_embeddings, D) each.
 
     Pair i of the D/2 pairs turns by position * theta^(-2i/D) radians: the first pairs turn once in 6 tokens and tell
     neighbours apart, the last ones once in 400,000. The arithmetic, fp32 and in this order, is transformers'.
+    On the CPU, since a GPU's power function rounds otherwise: a model has the same tables wherever it is moved.
     """
     D = config.head_dim
-    frequency = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D))
-    position = torch.arange(config.max_position_embeddings, device=device, dtype=torch.float32)
+    frequency = 1.0 / (config.rope_theta ** (torch.arange(0, D, 2, device="cpu", dtype=torch.float32) / D))
+    position = torch.arange(config.max_position_embeddings, device="cpu", dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (positions, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (positions, D): dimension i pairs with i + D/2, "split-half"
     return angle.cos(), angle.sin()
@@ -127,9 +139,8 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         here = torch.empty(0).device  # what `with torch.device(...)` asks for; tables are cheap, so never on "meta"
-        cos, sin = rope_tables(config, "cpu" if here.type == "meta" else here)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rope_tables(config)):
+            self.register_buffer(name, table if here.type == "meta" else table.to(here), persistent=False)
 
     def _apply(self, fn, recurse=True):
         # model.to(torch.bfloat16) would cast these buffers too. bf16 keeps two or three digits of cos and sin, so the
@@ -137,7 +148,7 @@ class RotaryEmbedding(nn.Module):
         # Let it move the buffers, then compute again what it rounded.
         super()._apply(fn, recurse)
         if self.cos.dtype != torch.float32:
-            self.cos, self.sin = rope_tables(self.config, self.cos.device)
+            self.cos, self.sin = (table.to(self.cos.device) for table in rope_tables(self.config))
         return self
 
 
@@ -168,8 +179,18 @@ def attend_fused(q, k, v, start: int):
     mask = None
     if T > 1 and start > 0:
         mask = torch.arange(S, device=q.device) <= torch.arange(start, S, device=q.device)[:, None]  # (T, S)
+    if q.size(1) != k.size(1) and not takes_groups(q, mask):
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, S, D) each
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and start == 0, enable_gqa=grouped)
+
+
+def takes_groups(q, mask) -> bool:
+    """Whether heads may share keys and values. On CUDA only flash attention lets them, which takes no mask, no fp32 and
+    no GPU before Ampere. The memory-efficient kernel takes all those, but no groups; PyTorch would then write out the
+    T x S scores, without a word."""
+    flash = mask is None and q.dtype != torch.float32
+    return q.device.type != "cuda" or (flash and torch.cuda.get_device_properties(q.device).major >= 8)
 
 
 class Attention(nn.Module):

@@ -16,36 +16,40 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from checkpoint import find, load, metadata, newest_run
-from config import UserError, guard, override
+from config import Count, Seed, UserError, Within, check, guard, is_text, override
 from decode import Decoder, reason_against
 from device import compile_for_generation, keep_freed_memory, pick_device, pick_dtype
+from files import damage_named
 from model import KVCache
+
+Heat, Penalty = Annotated[float, Within(least=0, most=100)], Annotated[float, Within(least=0.01, most=100)]
+TopP, MinP = Annotated[float, Within(above=0, most=1)], Annotated[float, Within(least=0, most=1)]
 
 
 @dataclass
 class Settings:
     model: str = ""  # model directory or hub id; empty: the newest run under out/
     prompt: str = "\n"  # the text to go on from; FILE:notes.txt reads it from a file
-    num_samples: int = 1  # how many continuations, one after the other
-    max_new_tokens: int = 200  # at most this many tokens each; fewer where the model ends the text
-    temperature: float = 0.8  # 0 takes the likeliest token each time; 1 the model's own odds; higher is wilder
-    top_k: int | None = None  # choose among the k likeliest tokens only
-    top_p: float | None = None  # ... among the fewest tokens that hold this much of the probability
-    min_p: float | None = None  # ... among tokens at least this fraction as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1 makes tokens that have occurred less likely; 1.1 is a lot
-    seed: int = 1337  # sample i uses seed + i, so one sample can be had again alone
+    num_samples: Count = 1  # how many continuations, one after the other
+    max_new_tokens: Count = 200  # at most this many tokens each; fewer where the model ends the text
+    temperature: Heat = 0.8  # 0 takes the likeliest token each time; 1 the model's own odds; higher is wilder
+    top_k: Count | None = None  # choose among the k likeliest tokens only; none is off
+    top_p: TopP | None = None  # ... among the fewest tokens that hold this much of the probability
+    min_p: MinP | None = None  # ... among tokens at least this fraction as likely as the likeliest
+    repetition_penalty: Penalty = 1.0  # above 1 makes tokens that have occurred less likely; 1.1 is a lot
+    seed: Seed = 1337  # sample i uses seed + i, so one sample can be had again alone
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
-    dtype: str = "auto"  # float32 or bfloat16; auto is what the file holds
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is what the file holds
     use_c: bool = True  # on a CPU, decode.c computes the tokens after the prompt; False: model.py, four times slower
     compile: bool = False  # on a GPU: half a minute of torch.compile first, then faster tokens
-    quantize: str = ""  # int8: weights of one byte each; on a CPU decode.c then reads half of what it reads in bfloat16
+    quantize: Literal["", "int8"] = ""  # int8: weights of one byte, so that decode.c reads half of what bfloat16 takes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,9 +90,12 @@ def next_token(
     logits = logits.float()
     if repetition_penalty != 1.0:
         logits = penalize_repetition(logits, seen, repetition_penalty)
-    if temperature == 0:
+    greedy = temperature < 1e-5  # so little leaves no other token a chance, and dividing by it could overflow
+    logits = logits if greedy else logits / temperature
+    if not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise UserError("the model's logits are not finite: its weights are damaged, or its training has diverged.")
+    if greedy:
         return logits.argmax(-1)
-    logits = logits / temperature
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
@@ -103,28 +110,10 @@ def next_token(
     return torch.searchsorted(up_to, draw * up_to[:, -1:], right=True)[:, 0]
 
 
-def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens):
-    """UserError, all problems at once, where a setting is outside what it can mean."""
-    problems = []
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature={temperature}: expected 0 (the likeliest token) or more.")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k}: expected at least 1; leave it out to keep every token.")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p={top_p}: expected more than 0 and at most 1.")
-    if min_p is not None and not 0 <= min_p <= 1:
-        problems.append(f"min_p={min_p}: expected 0 to 1.")
-    if not repetition_penalty > 0:
-        problems.append(f"repetition_penalty={repetition_penalty}: expected more than 0; 1 is none.")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens={max_new_tokens}: expected at least 1.")
-    if problems:
-        raise UserError("\n".join(problems))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # generating
 
+MOST_PROMPT = 10_000_000  # characters
 PREFILL_CHUNK = 512  # prompt tokens per forward pass: more rows do not make the products faster, only the scores bigger
 
 
@@ -154,7 +143,10 @@ def generate(
     again from position 0, and generation goes on. A prompt longer than the context is cut at its beginning likewise.
     """
     # check what was asked
-    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens)
+    filters = dict(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )  # fmt: skip
+    check(Settings, max_new_tokens=max_new_tokens, **filters, **({} if seed is None else {"seed": seed}))
     context = model.config.max_position_embeddings
     ids = torch.as_tensor(prompt_ids, dtype=torch.int64, device=model.device)
     ids = ids[None] if ids.dim() == 1 else ids  # (B, T)
@@ -167,9 +159,6 @@ def generate(
     stop = torch.tensor(sorted(model.config.eos_ids if stop_ids is None else stop_ids), device=ids.device)
     generator = torch.Generator(device=ids.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    filters = dict(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-    )  # fmt: skip
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
     cache = KVCache(model.config, len(ids), model.device, model.dtype)
@@ -220,7 +209,6 @@ def stream_text(tokenizer: Tokenizer, steps: Iterator[torch.Tensor]) -> Iterator
 
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
-    check_sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.max_new_tokens)
     keep_freed_memory()
     prompt = read_prompt(s.prompt)
 
@@ -242,13 +230,13 @@ def main():
         print(f"slower than it need be, by model.py alone: {reason}", file=sys.stderr)
 
     # the samples, each with its speed on stderr
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    prompt_ids = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings)
     for i in range(s.num_samples):
         print(prompt, end="", flush=True)
         started, times = time.perf_counter(), []
         steps = generate(
             model, prompt_ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty,
-            seed=s.seed + i, use_c=s.use_c,
+            seed=(s.seed + i) % 2**63, use_c=s.use_c,
         )  # fmt: skip
         for piece in stream_text(tokenizer, timed(steps, times)):
             print(piece, end="", flush=True)
@@ -259,12 +247,20 @@ def main():
 
 def read_prompt(prompt: str) -> str:
     """The text of --prompt, or of the file that FILE:name names."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    try:
-        return Path(prompt[5:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt={prompt}: {error}") from None
+    if prompt.startswith("FILE:"):
+        with damage_named(prompt[5:], "--prompt=FILE:name reads a text in UTF-8."):
+            with open(prompt[5:], encoding="utf-8") as f:
+                prompt = f.read(MOST_PROMPT + 1)
+    if len(prompt) > MOST_PROMPT:
+        raise UserError(f"the prompt is longer than {MOST_PROMPT:,} characters; a model sees the last few thousand.")
+    return prompt
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, context: int) -> list[int]:
+    """The ids of a prompt, of a line break for an empty one. A long one is cut to what more than fills the context."""
+    if not is_text(prompt):
+        raise UserError(f"the prompt holds what UTF-8 cannot: {ascii(prompt)[:80]}.")
+    return tokenizer.encode(prompt[-64 * context :] or "\n", add_special_tokens=False).ids
 
 
 def timed(steps: Iterator, times: list[float]) -> Iterator:

@@ -42,7 +42,7 @@ class Within:
 
     def __str__(self):
         ends = dict(least="of at least", above="above", most="at most", below="below")
-        return " and ".join(f"{w} {getattr(self, k):g}" for k, w in ends.items() if math.isfinite(getattr(self, k)))
+        return " and ".join(f"{w} {getattr(self, k):,}" for k, w in ends.items() if math.isfinite(getattr(self, k)))
 
 
 # The kinds of number that most settings are. A choice among words is a typing.Literal.
@@ -78,7 +78,7 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
     def take(key, value, source, ignored=()):
         if key in known:
             try:
-                chosen[key] = convert(value, known[key])
+                chosen[key] = convert(value, known[key], is_flag=source.startswith("-"))
             except ValueError as error:
                 problems.append(f"{source}: {error}")
         elif key not in ignored:
@@ -109,24 +109,25 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
     return [cls(**{f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}) for cls in Settings]
 
 
-def convert(value, field):
-    """`value`, from a recipe or the text of a flag, as the type of the field; ValueError says what was expected."""
+def convert(value, field, is_flag: bool = False):
+    """`value`, of a recipe or the text of a flag, as the type of the field; ValueError says what was expected."""
     union = typing.get_origin(field.type) in (types.UnionType, typing.Union)  # Count | None
     alternatives = typing.get_args(field.type) if union else (field.type,)
-    if types.NoneType in alternatives and (value is None or str(value).lower() in ("none", "")):
+    optional = types.NoneType in alternatives
+    if optional and (value is None or (is_flag and value.lower() in ("none", ""))):
         return None
     kind = next(t for t in alternatives if t is not types.NoneType)
     if typing.get_origin(kind) is typing.Literal:
         words = typing.get_args(kind)
         if value not in words:
-            raise ValueError(f"got {value!r}, expected {', '.join(words[:-1])} or {words[-1]}.")
+            words = [word or "nothing" for word in words]
+            raise ValueError(f"got {value!r:.80}, expected {', '.join(words[:-1])} or {words[-1]}.")
         return value
     kind, within = typing.get_args(kind) if typing.get_origin(kind) is Annotated else (kind, Within())
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    problem = ValueError(
-        f"got {value!r}, expected {' '.join((name, str(within))).strip()} like the default {field.default!r}."
-    )
-    if isinstance(value, str) and kind is not str:  # a flag
+    expected = f"{name} {within}".strip() + (", or none" if optional else f" like the default {field.default!r}")
+    problem = ValueError(f"got {value!r:.80}, expected {expected}.")
+    if is_flag and kind is not str:
         text = value.replace("_", "") if kind in (int, float) else value.lower()
         try:
             value = {"true": True, "1": True, "false": False, "0": False}[text] if kind is bool else kind(text)

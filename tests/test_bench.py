@@ -1,9 +1,11 @@
 """bench.py: that it measures and reports. No test asserts a time: that depends on the machine."""
 
 import json
+import shutil
+import sys
 
 import pytest
-from conftest import run_script
+from conftest import run_script, tiny
 
 import bench
 
@@ -23,19 +25,79 @@ def test_the_last_line_is_one_json_object(tmp_path):
 
 @pytest.mark.slow
 def test_wrong_names_are_refused_all_at_once(tmp_path):
-    done = run_script("bench.py", "--only=encode,speed", "--vs=vllm", "--repeats=0", cwd=tmp_path)
+    done = run_script("bench.py", "--only=encode,speed", "--vs=vllm", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert all(word in done.stderr for word in ("--only=speed", "--vs=vllm", "--repeats=0"))
+    assert all(word in done.stderr for word in ("--only=speed", "--vs=vllm"))
+    done = run_script("bench.py", "--repeats=0", cwd=tmp_path)
+    assert done.returncode == 2 and "--repeats=0: " in done.stderr and "Traceback" not in done.stderr
+
+
+def rounds(*figures):
+    return dict(rounds=list(figures), setup_s=1, peak_mb=10)
 
 
 def test_the_ratio_is_to_the_best_peer_and_a_failure_is_reported():
     """Above 1 is better, for rates and for seconds; a peer that failed has no figure, and is left out of the ratio."""
-    found = {
-        "ours": dict(rounds=[90, 120, 100], setup_s=1, peak_mb=10),
-        "hf": dict(rounds=[40, 50, 60], setup_s=1, peak_mb=10),
-        "llamacpp": dict(failed="its process died"),
-    }
-    r = bench.summary("decode", found, {"memory": 54, "bfloat16": 800}, {"total": 134515008, "backbone": 106203456})
-    assert (r["ours"], r["ratio"], r["llamacpp"]) == (100, 2.0, None) and r["failed"]["llamacpp"]
-    assert r["limit_fraction"] == pytest.approx(100 * 2 * 134515008 / 54e9, abs=1e-3)
-    assert bench.summary("startup", found, {}, {})["ratio"] == 0.5
+    found = {"ours": rounds(90, 120, 100), "hf": rounds(40, 50, 60), "llamacpp": dict(failed="its process died")}
+    r = bench.summary("decode", found)
+    assert (r["ours"], r["ratio"], r["best_peer"], r["llamacpp"]) == (100, 2.0, "hf", None) and r["failed"]["llamacpp"]
+    r = bench.summary("startup", {"ours": rounds(100), "hf": rounds(50)})
+    assert (r["ratio"], r["best_peer"]) == (0.5, "hf")
+
+
+def test_compiled_is_compared_with_compiled(capsys):
+    """The best peer of our compiled training is transformers compiled, where that is faster; the card says who was."""
+    assert list(bench.contenders_for("train", ["hf", "llamacpp"], "cpu", "", "")) == [
+        "ours", "ours_eager", "hf", "hf_compiled",
+    ]  # fmt: skip
+    found = {"ours": rounds(450), "ours_eager": rounds(400), "hf": rounds(380), "hf_compiled": rounds(430)}
+    bench.print_card("train", bench.summary("train", found))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(", compiled") for line in lines[1:5]] == [True, False, False, True]
+    assert lines[5].strip() == "1.05 x hf_compiled, the best peer"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++"))), reason="torch.compile needs a C++ compiler")
+def test_transformers_can_be_compiled_block_by_block(monkeypatch):
+    """Its blocks really are compiled, and it trains: its class of block has a __call__ of its own."""
+    pytest.importorskip("transformers")
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setitem(bench.PRESETS, "135M", tiny().config)
+    counters.clear()
+    for who, compiled in (("hf", False), ("hf_compiled", True)):
+        contender = bench.training(who, "cpu", 512, 2, 16)
+        next(contender)
+        assert next(contender) > 0 and bool(counters["stats"]["unique_graphs"]) == compiled
+
+
+def test_one_limit_for_the_whole_run(monkeypatch, capsys):
+    """The memory of a shared machine swings: the best that any work saw bounds all of them, the first one too."""
+    speeds = iter((30, 60))
+
+    def turns(contenders, repeats):
+        speed = next(speeds)
+        return {"ours": rounds(100), "machine": dict(rounds=[dict(bfloat16=800, float32=400, memory=speed)] * 2)}
+
+    monkeypatch.setattr(bench, "take_turns", turns)
+    weights = {"total": 134515008, "backbone": 106203456}
+    settings = bench.Settings(repeats=2)
+    bench.report(settings, "cpu", ["decode", "decode_int8"], [], "", "", weights, 0)
+    out = capsys.readouterr().out.splitlines()
+    card = json.loads(out[-1])
+    assert card["decode"]["limit"] == pytest.approx(60e9 / (2 * 134515008), abs=0.1)
+    assert card["decode_int8"]["limit"] == pytest.approx(2 * card["decode"]["limit"], abs=0.2)
+    assert card["decode"]["limit_fraction"] == pytest.approx(100 / card["decode"]["limit"], abs=1e-3)
+    assert "decode: 45% of the 223 tok/s that the hardware allows" in out
+
+
+def test_without_the_resource_module(monkeypatch, capsys):
+    """Windows has none, and no /proc: the card then leaves the memory out."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(bench.Path, "exists", lambda self: False)
+    found = {"ours": rounds(1) | dict(peak_mb=bench.peak_mb())}
+    r = bench.summary("encode", found)
+    assert r["peak_mb"]["ours"] is None and "resource" not in vars(bench)
+    bench.print_card("encode", r)
+    assert "peak" not in capsys.readouterr().out.split("no peer")[0]

@@ -83,8 +83,8 @@ def test_values_given_in_python_are_held_to_the_same_ranges():
     """check() is what functions use for their arguments: all problems in one UserError, silence where all is well."""
     config.check(Settings, rows=1, top=None, rate=3)
     with pytest.raises(config.UserError) as refused:
-        config.check(Settings, rows=0, top=float("nan"), way="left", steps=True)
-    assert all(f"{key}: got" in str(refused.value) for key in ("rows", "top", "way", "steps"))
+        config.check(Settings, rows=0, top=float("nan"), way="left", steps=True, rate="0.5")
+    assert all(f"{key}: got" in str(refused.value) for key in ("rows", "top", "way", "steps", "rate"))
 
 
 def test_nanogpts_names_lead_to_ours(capsys):

@@ -174,14 +174,20 @@ def test_weights_that_train_on_are_followed(hf_directory):
     assert (decoded(model) - expected).abs().max() < 2e-5 < (before - expected).abs().max()
 
 
+def forget():
+    """As in a new process: nothing loaded, no failure remembered."""
+    decode.library.cache_clear()
+    decode.compiling_fails.cache_clear()
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """decode.c in a folder of its own, so that nothing is compiled yet."""
     shutil.copy(decode.SOURCE, tmp_path)
     monkeypatch.setattr(decode, "SOURCE", tmp_path / "decode.c")
-    decode.library.cache_clear()
+    forget()
     yield tmp_path
-    decode.library.cache_clear()
+    forget()
 
 
 def test_without_a_compiler_the_text_comes_all_the_same(hf_directory, elsewhere, monkeypatch, capsys):
@@ -199,6 +205,44 @@ def test_source_that_does_not_compile_is_a_reason(hf_directory, elsewhere):
     model, _ = sample.load(hf_directory)
     assert "decode.c did not compile" in decode.reason_against(model)
     assert not list((elsewhere / "__pycache__").iterdir())  # no litter
+
+
+def fake_compiler(folder, monkeypatch, commands: str):
+    """A program called cc, first in PATH."""
+    (folder / "cc").write_text(f"#!/bin/sh\n{commands}\n")
+    (folder / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_a_compiler_that_fails_is_asked_once(hf_directory, elsewhere, monkeypatch):
+    """Each text would wait for it again; and one that says nothing must still give a reason."""
+    fake_compiler(elsewhere, monkeypatch, f"echo asked >> {elsewhere / 'calls'}; exit 3")
+    model, _ = sample.load(hf_directory)
+    for _ in range(3):
+        assert "decode.c did not compile" in decode.reason_against(model)
+        list(sample.generate(model, [5, 6], 2))
+    assert (elsewhere / "calls").read_text() == "asked\n"
+
+
+def test_an_updated_compiler_compiles_again(elsewhere, monkeypatch):
+    """What an old one made wrong must not outlive it; the path alone does not tell them apart."""
+    real = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    for update in ("", "# version 2"):
+        fake_compiler(elsewhere, monkeypatch, f'exec {real} "$@" {update}')
+        forget()
+        decode.library()
+    assert len(list((elsewhere / "__pycache__").iterdir())) == 2
+
+
+def test_no_memory_is_read_for_a_token_that_is_none():
+    """decode.c trusts its arguments: one token too far is a row beyond the embedding."""
+    model, _ = pair("float32")
+    decoder, cache = Decoder(model), KVCache(model.config, 1)
+    for token, position in ((512, 0), (-1, 0), (5, -1)):
+        with pytest.raises(IndexError, match=f"token {token} at position {position}"):
+            decoder(token, cache, position)
+    with pytest.raises(UserError, match="context of 64"):
+        decoder(5, cache, 64)
 
 
 def first_load(source):
@@ -222,7 +266,7 @@ def test_it_is_compiled_once_and_two_at_a_time_do_not_meet(elsewhere):
     assert made.stat().st_mtime_ns == stamp
     with open(decode.SOURCE, "a") as f:
         f.write("/* changed */\n")
-    decode.library.cache_clear()
+    forget()
     decode.library()
     assert len(list((elsewhere / "__pycache__").iterdir())) == 2
 

@@ -8,7 +8,8 @@ import torch
 from conftest import tiny
 
 import device
-from device import compile_for_generation, peak_flops, pick_autocast, pick_compile
+from config import UserError
+from device import compile_for_generation, join_processes, peak_flops, pick_autocast, pick_compile, pick_device
 from model import KVCache
 from quantize import quantize
 
@@ -31,8 +32,48 @@ def test_mfu_is_not_guessed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Frobnicator 9")
     assert peak_flops("cuda", torch.bfloat16) == (0.0, "unknown")
     assert peak_flops("cuda", torch.bfloat16, 5)[0] == 5e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
-    assert peak_flops("cuda", torch.bfloat16)[0] == 989e12
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+     ("NVIDIA GH200 480GB", 0), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 0),
+     ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 3090", 71),
+     ("NVIDIA GeForce RTX 3090 Ti", 0), ("NVIDIA GeForce RTX 4090 D", 0), ("NVIDIA GeForce RTX 4090 Laptop GPU", 0)],
+)  # fmt: skip
+def test_a_peak_is_that_of_the_very_device(name, tflops, monkeypatch):
+    """An L40 is no L4, an H100 on PCIe is a quarter slower, a slice of an A100 is not one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    assert peak_flops("cuda", torch.bfloat16)[0] == tflops * 1e12
+
+
+@pytest.mark.parametrize("name", ["meta", "xpu", "cuda:", "cuda:x", "cuda:99", "cpu:7", "CPU", "", "\n", "tpu"])
+def test_a_device_is_one_that_computes(name):
+    """On "meta" a model has no numbers; what torch knows and this code was never run on is refused, too."""
+    with pytest.raises(UserError, match="--device="):
+        pick_device(name)
+    assert pick_device("cpu") == "cpu" and pick_device("auto") in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [dict(RANK="one", WORLD_SIZE="2"), dict(RANK="0"), dict(WORLD_SIZE="2"), dict(RANK="2", WORLD_SIZE="2"),
+     dict(RANK="-1", WORLD_SIZE="2"), dict(RANK="0", WORLD_SIZE=""), dict(RANK="0", WORLD_SIZE="0")],
+)  # fmt: skip
+def test_an_environment_that_is_not_torchruns_is_refused(environment, monkeypatch):
+    """Two processes that both believe to be the first would write over each other's files."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+    assert join_processes("cpu") == (0, 1, "cpu")
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match="torchrun"):
+        join_processes("cpu")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join_processes("cpu") == (0, 1, "cpu")
+    with pytest.raises(UserError, match="LOCAL_RANK=.not set"):
+        join_processes("cuda")
 
 
 def test_compile_auto_leaves_short_runs_alone(monkeypatch):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, run_script, save_hf_directory, tiny_hf
+from tokenizers import processors
 from trained import PLAY, copy_of_run
 
-from checkpoint import load, save_pretrained
+from checkpoint import load, read_tokenizer, save_pretrained
 from config import UserError
 from files import read_json, write_json
 from prepare import train_bpe
@@ -213,6 +214,15 @@ def spoil_tokenizer(**changes):
     return lambda directory: edit_json(directory / "tokenizer.json", **changes)
 
 
+def spoil_settings(**changes):
+    return lambda directory: edit_json(directory / "tokenizer_config.json", **changes)
+
+
+def spoil_surrogate(directory):
+    """JSON can spell what UTF-8, and so a GGUF file, cannot hold."""
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}')
+
+
 def spoil_config(**changes):
     return lambda directory: edit_json(directory / "config.json", **changes)
 
@@ -221,6 +231,25 @@ def spoil_special_token(directory):
     spec = read_json(directory / "tokenizer.json")
     spec["added_tokens"][0]["lstrip"] = True
     write_json(directory / "tokenizer.json", spec)
+
+
+def spoil_bos(directory):
+    """A tokenizer that begins every text with a token, as Llama's do."""
+    tokenizer = read_tokenizer(directory)
+    start = "<|im_start|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, 1)]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def spoil_part(key, value):
+    def spoil(directory):
+        spec = read_json(directory / "tokenizer.json")
+        spec["pre_tokenizer"]["pretokenizers"][0][key] = value
+        write_json(directory / "tokenizer.json", spec)
+
+    return spoil
 
 
 def spoil_digits(directory):
@@ -239,6 +268,13 @@ def spoil_digits(directory):
         ("f32", spoil_tokenizer(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer Whitespace"),
         ("f32", spoil_tokenizer(pre_tokenizer=None), "pre-tokenizer none"),
         ("f32", spoil_digits, "digits"),
+        ("f32", spoil_bos, "post-processor \\(TemplateProcessing\\) that adds tokens"),
+        ("f32", spoil_part("type", None), "tokenizer.json"),
+        ("f32", spoil_tokenizer(model=None), "tokenizer.json"),
+        ("f32", spoil_tokenizer(added_tokens={"a": 1}), "tokenizer.json"),
+        ("f32", spoil_settings(chat_template=5), "tokenizer_config.json is damaged.*is no text"),
+        ("f32", spoil_surrogate, "tokenizer_config.json is damaged.*is no text"),
+        ("f32", spoil_settings(chat_template=[1]), "tokenizer_config.json is damaged"),
         ("f32", spoil_special_token, "<\\|endoftext\\|> with lstrip"),
         ("f32", spoil_config(eos_token_id=None), "eos_token_id=None"),
         ("f32", spoil_config(eos_token_id=[0, 1, 2]), "one or two"),
@@ -250,6 +286,65 @@ def test_refuses_what_it_cannot_represent(directory, outtype, spoil, message):
     with pytest.raises(UserError, match=message):
         export(directory, outtype)
     assert not list(directory.glob("*.gguf*")) and not (directory / "Modelfile").exists()
+
+
+def test_odd_structure_is_one_line(directory, monkeypatch):
+    """What the tokenizers library would read and this would not: no KeyError, but the name of the file."""
+    _, tokenizer = load(directory)
+    monkeypatch.setattr(export_gguf, "load", lambda *a, **k: (load(directory)[0], tokenizer))
+    for wrong in (dict(model=None), dict(model=[]), dict(added_tokens=[1]), dict(pre_tokenizer=5), dict(model={})):
+        edit_json(directory / "tokenizer.json", **wrong)
+        with pytest.raises(UserError, match="tokenizer.json"):
+            export(directory, "f32")
+
+
+@pytest.mark.parametrize(
+    "post",
+    [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single="$A", pair="$A $B"),
+     processors.Sequence([processors.ByteLevel(), processors.TemplateProcessing(single="$A", pair="$A $B")])],
+    ids=["ByteLevel", "TemplateProcessing", "Sequence"],
+)  # fmt: skip
+def test_a_post_processor_that_adds_nothing_is_no_obstacle(directory, post):
+    """transformers saves tokenizers with one; the tokens are the same with and without it."""
+    tokenizer = read_tokenizer(directory)
+    tokenizer.post_processor = post
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert export(directory, "f32").is_file()
+
+
+@pytest.mark.slow
+def test_the_check_holds_without_assertions(directory):
+    """`python -O` drops assert statements: a wrong file would then be said to have been checked."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import export_gguf\n"
+        "export_gguf.permute = lambda weight, head_dim: weight\n"
+        "export_gguf.export(sys.argv[2], 'f32')\n"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", code, str(ROOT), directory], capture_output=True, text=True)
+    assert done.returncode == 1 and "AssertionError: blk.0.attn_" in done.stderr
+    assert not list(directory.glob("*.gguf*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+def test_what_is_stopped_leaves_no_half_file(directory):
+    """A real SIGTERM while the file is checked: the earlier file stays, and the new one's temporary file goes."""
+    file = export(directory, "f32")
+    before = file.read_bytes()
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import config, export_gguf\n"
+        "export_gguf.check = lambda *a: print('ready', flush=True) or time.sleep(60)\n"
+        "config.guard(export_gguf.main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT), f"--model={directory}", "--outtype=f32"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n" and list(directory.glob("*.tmp"))
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + 15 and "Traceback" not in err
+    assert not list(directory.glob("*.tmp")) and file.read_bytes() == before
 
 
 def test_q8_0_wants_multiples_of_32(tmp_path):
@@ -265,8 +360,10 @@ def test_q8_0_wants_multiples_of_32(tmp_path):
 def test_mistakes_end_with_a_message(directory, monkeypatch, tmp_path):
     """A wrong type, a missing directory, a folder that cannot be made, no gguf package: one line, exit code not 0."""
     done = run_script("export_gguf.py", f"--model={directory}", "--outtype=q4_k")
-    assert done.returncode == 1 and "--outtype=q4_k: expected one of q8_0" in done.stderr
+    assert done.returncode == 2 and "--outtype=q4_k: got 'q4_k', expected q8_0" in done.stderr
     assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match="expected one of q8_0"):
+        export(directory, "q4_k")
     with pytest.raises(UserError, match="no such directory"):
         export(tmp_path / "nothing")
     (tmp_path / "file").write_text("in the way")
@@ -359,11 +456,89 @@ def test_modelfile_of_a_chat_model(directory, place):
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
         ("{{ messages[0].__class__.__mro__ }}", None),
         ("{% for", None),
+        ("{% if true %}{% continue %}{% endif %}", None),
     ],
 )
 def test_chat_template_is_recognised_by_what_it_writes(template, system):
     """A template that only resembles ChatML must not be passed to Ollama as ChatML; malicious code must not run."""
     assert export_gguf.chatml_system(template) == system
+
+
+HOSTILE = {
+    "a loop": "{% for i in range(10**9) %}{% endfor %}",
+    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a long text": "{{ 'a' * 10**10 }}",
+    "a wide text": "{{ 'a'.center(10**10) }}{{ '%01000000000d' % 7 }}",
+    "a filter": "{{ 'a' | center(10**10) }}",
+    "a large number": "{{ 10 ** (10 ** 10) }}",
+    "doubling": "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "much output": "{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "nesting": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+    "words": "{{ lipsum(n=10**7) }}",
+    "size": "a" * 3_000_000,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_template_costs_little(kind, monkeypatch):
+    """A template comes with a model, from anyone: it must not take the machine's time or memory, here or in the process
+    that renders it. The limits are tightened, so that the test ends soon."""
+    monkeypatch.setattr(export_gguf, "TEMPLATE_SECONDS", 3)
+    with pytest.raises(UserError, match="chat template") as refused:
+        export_gguf.render_template(HOSTILE[kind], messages=[])
+    assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
+    assert export_gguf.chatml_system(HOSTILE[kind]) is None
+
+
+def test_templates_render_as_in_transformers(hf_directory):
+    """The same text from its own renderer, with blocks trimmed and loops that can be left."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf_directory)
+    messages = [dict(role="user", content="naïve 🦉 <b>\n"), dict(role="assistant", content="yes")]
+    looping = (
+        "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n  {{ m.content }}\n{% endfor %}"
+    )
+    for template in (SMOLLM2_TEMPLATE, looping):
+        expected = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        found = export_gguf.render_template(template, messages=messages, add_generation_prompt=True)
+        assert found == expected and "naïve 🦉 <b>" in found
+
+
+@pytest.mark.parametrize("system", ['hi"""\nADAPTER ./evil\nSYSTEM """', 'he said "yes"', '"'])
+def test_a_system_message_cannot_leave_its_quotes(directory, system):
+    """What follows the quotes would be a line of the Modelfile: ADAPTER, or FROM another model."""
+    template = SMOLLM2_TEMPLATE.replace("You are a helpful AI assistant named SmolLM, trained by Hugging Face", system)
+    (directory / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="quotes that would end it"):
+        export(directory)
+    assert not list(directory.glob("*.gguf*")) and not (directory / "Modelfile").exists()
+
+
+def rename_end_token(directory, text):
+    spec = read_json(directory / "tokenizer.json")
+    old = spec["added_tokens"][0]["content"]
+    spec["added_tokens"][0]["content"] = text
+    spec["model"]["vocab"][text] = spec["model"]["vocab"].pop(old)
+    write_json(directory / "tokenizer.json", spec)
+
+
+@pytest.mark.parametrize("text", ['</s>"\nADAPTER ./evil', 'a"b', "a\nb", "a\x00b"])
+def test_an_end_token_cannot_leave_its_line(directory, text):
+    rename_end_token(directory, text)
+    with pytest.raises(UserError, match="a Modelfile cannot hold"):
+        export(directory)
+    assert not list(directory.glob("*.gguf*")) and not (directory / "Modelfile").exists()
+
+
+def test_nor_can_the_name_of_the_folder(directory):
+    odd = directory.rename(directory.with_name("x\nADAPTER evil"))
+    with pytest.raises(UserError, match="a Modelfile cannot hold"):
+        export(odd)
 
 
 def test_modelfile_of_another_template(directory):

@@ -5,13 +5,15 @@ The comparison with transformers, part by part, is tests/test_parity.py.
 
 import copy
 import math
+import types
 
 import pytest
 import torch
 from conftest import TINY, tiny
 
+import model as smol
 from config import UserError
-from model import PRESETS, SmolLM2, SmolLM2Config
+from model import PRESETS, SmolLM2, SmolLM2Config, rope_tables
 
 
 @pytest.mark.parametrize("name, count", [("135M", 134_515_008), ("360M", 361_821_120), ("1.7B", 1_711_376_384)])
@@ -86,11 +88,76 @@ def test_positions_beyond_the_context_are_refused():
             model(torch.zeros(1, T, dtype=torch.int64), start=start)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [dict(num_key_value_heads=4), dict(head_dim=7), dict(hidden_size=0), dict(vocab_size="many"),
-     dict(num_hidden_layers=1.5)],
-)  # fmt: skip
+WRONG = [
+    dict(num_key_value_heads=4), dict(head_dim=7), dict(hidden_size=0), dict(vocab_size="many"), dict(vocab_size="512"),
+    dict(vocab_size=True), dict(vocab_size=None), dict(num_hidden_layers=1.5), dict(num_hidden_layers=10**9),
+    dict(max_position_embeddings=10**9), dict(hidden_size=10**9), dict(num_attention_heads=10**9),
+    dict(rope_theta=math.nan), dict(rope_theta=[1]), dict(rms_norm_eps="x"), dict(rms_norm_eps=-1e-5),
+    dict(initializer_range=math.inf), dict(initializer_range=0.0), dict(tie_word_embeddings="false"),
+    dict(tie_word_embeddings=1), dict(bos_token_id=True), dict(pad_token_id="0"), dict(eos_token_id=True),
+    dict(eos_token_id=512), dict(eos_token_id=-1), dict(eos_token_id=[0, None]), dict(eos_token_id="</s>"),
+]  # fmt: skip
+
+
+def config(**changes):
+    return SmolLM2Config(**({f: TINY[f] for f in SmolLM2Config.__dataclass_fields__ if f in TINY} | changes))
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_impossible_shapes_are_refused_by_name(wrong):
+    """Whatever a config.json may hold: wrong types, numbers that are none, sizes that would fill the memory."""
     with pytest.raises(UserError, match=next(iter(wrong))):
-        SmolLM2Config(**({f: TINY[f] for f in SmolLM2Config.__dataclass_fields__ if f in TINY} | wrong))
+        config(**wrong)
+
+
+def test_sizes_that_are_too_large_together_are_refused():
+    """Each within its bound, but a table of gigabytes, or more weights than any machine holds."""
+    for wrong in (dict(max_position_embeddings=2**20, head_dim=128), dict(hidden_size=2**20, intermediate_size=2**20)):
+        with pytest.raises(UserError, match="beyond any model"):
+            config(**wrong)
+
+
+def test_what_released_models_hold_is_taken():
+    """A list of end tokens, an empty one, none; a pad id outside the vocabulary; theta as a whole number."""
+    for fine in (dict(eos_token_id=[0, 2]), dict(eos_token_id=[]), dict(eos_token_id=None), dict(pad_token_id=-1)):
+        config(**fine)
+    assert config(rope_theta=10000, max_position_embeddings=2**20).rope_theta == 10000
+
+
+def test_rope_tables_are_computed_on_the_cpu():
+    """A GPU's power function rounds otherwise; a model has the same tables wherever it was built."""
+    with torch.device("meta"):  # stands for another device: what follows it has no numbers
+        cos, sin = rope_tables(config())
+    assert cos.device.type == sin.device.type == "cpu" and torch.equal(cos, tiny().rotary.cos)
+
+
+@pytest.mark.parametrize("T, start", [(20, 0), (7, 13), (1, 19)])
+def test_repeated_keys_are_shared_keys(T, start, monkeypatch):
+    """Where the kernel takes no groups, keys and values are repeated; the result is that of the shared ones."""
+    q, k, v = torch.randn(2, 6, T, 8), torch.randn(2, 2, start + T, 8), torch.randn(2, 2, start + T, 8)
+    shared, seen = smol.attend_fused(q, k, v, start), []
+    real = smol.F.scaled_dot_product_attention
+    monkeypatch.setattr(smol, "takes_groups", lambda q, mask: False)
+    monkeypatch.setattr(
+        smol.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, *a, **b: seen.append(k.size(1)) or real(q, k, v, *a, **b),
+    )
+    repeated = smol.attend_fused(q, k, v, start)
+    assert seen == [6] and (repeated - shared).abs().max() < 1e-6
+    monkeypatch.setattr(smol, "takes_groups", lambda q, mask: True)
+    assert torch.equal(smol.attend_fused(q, k, v, start), shared) and seen == [6, 2]
+
+
+def test_keys_are_shared_only_where_flash_attention_runs(monkeypatch):
+    """A mask, fp32 or an old GPU: elsewhere PyTorch would write out the T x S scores."""
+    gpu = types.SimpleNamespace(major=8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+
+    def shares(dtype, mask=None, kind="cuda"):
+        return smol.takes_groups(types.SimpleNamespace(device=torch.device(kind), dtype=dtype), mask)
+
+    assert shares(torch.bfloat16) and shares(torch.float16) and shares(torch.float32, "a mask", "cpu")
+    assert not shares(torch.float32) and not shares(torch.bfloat16, "a mask")
+    gpu.major = 7
+    assert not shares(torch.float16)

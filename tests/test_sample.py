@@ -1,5 +1,7 @@
 """sample.py: each filter against a distribution worked out by hand; generation against the plainest way to do it."""
 
+import os
+
 import pytest
 import torch
 from conftest import TEXT, run_script, save_hf_directory, tiny_hf
@@ -59,12 +61,80 @@ def test_temperature_zero_is_greedy_and_one_is_the_models_own_odds():
 @pytest.mark.parametrize(
     "wrong",
     [dict(temperature=-1), dict(top_k=0), dict(top_p=0), dict(min_p=2), dict(repetition_penalty=0),
-     dict(max_new_tokens=0), dict(temperature=float("nan"))],
+     dict(max_new_tokens=0), dict(temperature=float("nan")), dict(temperature=1e300), dict(repetition_penalty=1e-300),
+     dict(seed=-1), dict(seed=2**64), dict(temperature=None), dict(top_k=1.5)],
 )  # fmt: skip
 def test_impossible_settings_are_refused(wrong, hf_directory):
+    """By name; for a setting that can be switched off, with the value that does it."""
     model, _ = sample.load(hf_directory)
-    with pytest.raises(UserError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=next(iter(wrong))) as refused:
         next(sample.generate(model, [1, 2], **wrong))
+    if wrong == dict(top_k=0):
+        assert "none" in str(refused.value).lower()
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Divided by it, logits would be infinite, and what is drawn from them no token at all."""
+    assert sample.next_token(LOGITS, temperature=temperature).tolist() == [0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_logits_that_are_not_finite_are_no_text(hf_directory, bad, temperature):
+    """NaN compares with nothing: the draw would be id V, which no embedding has, and decode.c would read beyond it."""
+    model, _ = sample.load(hf_directory)
+    with torch.no_grad():
+        model.norm.weight[3] = bad
+    for prompt in ([1, 2], [[1, 2], [3, 4]]):
+        with pytest.raises(UserError, match="not finite"):
+            list(sample.generate(model, torch.tensor(prompt), 3, temperature=temperature))
+    logits = LOGITS.repeat(2, 1)
+    logits[1] = -torch.inf
+    with pytest.raises(UserError, match="not finite"):  # one row of a batch is enough
+        sample.next_token(logits, temperature=temperature)
+
+
+def test_a_prompt_is_text(hf_directory, tmp_path):
+    """An empty one is a line break, as in the app. What UTF-8 cannot hold, no file, a folder, bytes that are no text,
+    and a file without an end are each refused by name."""
+    tokenizer = read_tokenizer(hf_directory)
+    assert sample.encode_prompt(tokenizer, "", 64) == sample.encode_prompt(tokenizer, "\n", 64) != []
+    with pytest.raises(UserError, match="UTF-8"):
+        sample.encode_prompt(tokenizer, "a\ud800", 64)
+    (tmp_path / "good.txt").write_text("naïve\n", encoding="utf-8")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    assert sample.read_prompt(f"FILE:{tmp_path / 'good.txt'}") == "naïve\n"
+    for name in ("bad.txt", "none.txt", "."):
+        with pytest.raises(UserError, match=str(tmp_path)):
+            sample.read_prompt(f"FILE:{tmp_path / name}")
+    if os.path.exists("/dev/zero"):
+        with pytest.raises(UserError, match="longer than"):
+            sample.read_prompt("FILE:/dev/zero")
+
+
+def test_of_a_huge_prompt_the_end_is_encoded(hf_directory):
+    """Ten million characters would take ten seconds and 1.7 GB, for the last few thousand tokens."""
+    tokenizer, seen = read_tokenizer(hf_directory), []
+
+    class Spy:
+        def encode(self, text, **more):
+            seen.append(len(text))
+            return tokenizer.encode(text, **more)
+
+    text = "What news from the reef? " * 400_000
+    ids = sample.encode_prompt(Spy(), text, 64)
+    assert seen == [64 * 64] and ids[-64:] == tokenizer.encode(text[-9000:]).ids[-64:]
+
+
+@pytest.mark.slow
+def test_the_last_seed_has_a_next_sample(hf_directory):
+    """seed + i goes on at 0, and --prompt= is a line break."""
+    arguments = [f"--model={hf_directory}", "--prompt=", "--max_new_tokens=3", f"--seed={2**63 - 1}"]
+    done = run_script("sample.py", *arguments, "--num_samples=2")
+    assert done.returncode == 0 and done.stderr.count("[3 tokens") == 2, done.stderr
+    alone = run_script("sample.py", *arguments[:3], "--seed=0")
+    assert alone.returncode == 0 and done.stdout.endswith(alone.stdout)
 
 
 def test_generate_equals_the_uncached_way(hf_directory):
@@ -190,9 +260,12 @@ def test_the_command_prints_the_prompt_and_its_continuation(hf_directory):
     assert one.stdout == two.stdout and one.stdout.count("What news") == 2 and "tokens/s" in one.stderr
     int8 = run_script(*arguments, "--quantize=int8")
     assert int8.returncode == 0 and int8.stdout.startswith("What news")
-    for wrong in ("--dtype=half", "--device=tpu", "--temperature=-1", "--quantize=int3", "--prompt=FILE:none.txt"):
+    for wrong in ("--device=tpu", "--prompt=FILE:none.txt"):
         done = run_script(*arguments, wrong)
         assert done.returncode == 1 and "Traceback" not in done.stderr, wrong
+    wrong = ["--dtype=half", "--temperature=-1", "--quantize=int3", "--num_samples=0", "--top_k=0", "--seed=1e3"]
+    done = run_script(*arguments, *wrong)
+    assert done.returncode == 2 and all(f"{flag}: " in done.stderr for flag in wrong) and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

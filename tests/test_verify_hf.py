@@ -1,5 +1,8 @@
 """The verify_hf.py command: what it prints, and its exit code, when the two sides agree and when they do not."""
 
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -8,7 +11,7 @@ import pytest
 pytest.importorskip("transformers", reason="verify_hf.py compares with transformers")
 
 import torch  # noqa: E402
-from conftest import run_script, tiny_hf  # noqa: E402
+from conftest import ROOT, run_script, tiny_hf  # noqa: E402
 
 import checkpoint  # noqa: E402
 import verify_hf  # noqa: E402
@@ -142,20 +145,52 @@ def test_the_seed_decides_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, named",
+    "arguments, expected, named",
     [
-        (["--shape=2B"], "--shape=2B: expected one of 135M, 360M, 1.7B"),
-        (["--context=4"], "a context of 4: expected at least 16"),
-        (["--model=no/such/folder"], "no/such/folder: no such directory"),
+        (["--shape=2B"], 2, "--shape=2B: got '2B', expected 135M, 360M or 1.7B"),
+        (["--context=4"], 2, "--context=4: "),
+        (["--seed=-1"], 2, "--seed=-1: "),
+        (["--model=no/such/folder"], 1, "no/such/folder: no such directory"),
+        (["--model=SHORT"], 1, "a context of 8: expected at least 16"),
     ],
 )
-def test_mistakes_end_in_one_line(hf_directory, monkeypatch, capsys, arguments, named):
-    """What was given and what was expected, exit code 1, no traceback."""
-    if arguments == ["--context=4"]:
-        arguments = [*arguments, f"--model={hf_directory}"]
+def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, arguments, expected, named):
+    """What was given and what was expected, an exit code that is not 0, no traceback."""
+    if arguments == ["--model=SHORT"]:
+        tiny_hf(max_position_embeddings=8).save_pretrained(tmp_path)
+        arguments = [f"--model={tmp_path}"]
     code, _, err = run(monkeypatch, capsys, *arguments)
-    assert code == 1 and named in err and "Traceback" not in err
+    assert code == expected and named in err and "Traceback" not in err
     assert len(err.strip().splitlines()) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_stopped_leaves_nothing_behind(tmp_path, number):
+    """The random weights are half a gigabyte in the folder for temporary files: a real signal must not leave them."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time; sys.path[:0] = sys.argv.pop(1).split(':')\n"
+        "import checkpoint, verify_hf, config\n"
+        "from model import SmolLM2Config\n"
+        "verify_hf.PRESETS = {'135M': SmolLM2Config(64, 16, 16, 1, 2, 1, 8, 32)}\n"
+        "verify_hf.checkpoint.from_pretrained = lambda *a, **k: print('ready', flush=True) or time.sleep(60)\n"
+        "config.guard(verify_hf.main)\n"
+    )
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, script, str(ROOT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"TMPDIR": str(scratch)},
+    )  # fmt: skip
+    while (line := process.stdout.readline()) != "ready\n":
+        assert line, process.stderr.read()
+    assert list(scratch.glob("verify_hf_*/random/model.safetensors")), "what is to be removed is there"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert not list(scratch.glob("verify_hf_*"))
 
 
 def test_a_missing_tensor_is_refused_before_the_table(hf_directory, monkeypatch, capsys):
