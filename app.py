@@ -3,18 +3,20 @@ The playground: write with a model, look inside it, compare two, watch one learn
 
     python app.py                                        # the newest run under out/, at http://127.0.0.1:7860
     python app.py --model=HuggingFaceTB/SmolLM2-135M     # a downloaded model, beside the runs
-    python app.py --share=true --auth=ada:a-long-secret  # a public link (gradio's tunnel) that asks for a login
+    python app.py --share=true --auth=FILE:login.txt     # a public link (gradio's tunnel) that asks for a login
 
     from gradio_client import Client                     # the same from a program
     Client("http://127.0.0.1:7860").predict("ROMEO:", max_new_tokens=50, seed=1, api_name="/generate")
 
 One generation runs at a time, the others wait in a queue; each has a cache and a random generator of its own. Visitors
-choose among the runs under out/ and --model, and cannot name another path. Nothing is fetched from another host.
+choose among the runs under out/ and --model, and cannot name another path. Nothing is fetched from another host, and
+other sites that a visitor's browser has open cannot reach it.
 """
 
 import json
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -23,31 +25,39 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import gradio as gr
 import pandas as pd
+from gradio.tunneling import CURRENT_TUNNELS
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from checkpoint import find, load, metadata, newest_run
-from config import UserError, guard, override
+from config import UserError, Within, guard, is_text, leave_stdout, override
 from device import pick_device, pick_dtype
-from files import file_sha256
-from sample import generate, stream_text
+from files import damage_named, file_sha256
+from sample import encode_prompt, generate, stream_text
 
 
 @dataclass
 class Settings:
     model: str = ""  # model directory or hub id; empty: the newest run under out/
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
-    dtype: str = "auto"  # float32 or bfloat16; auto is what the file holds
-    port: int = 7860  # of 127.0.0.1, the only address the page is served on
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is what the file holds
+    port: Annotated[int, Within(least=1, most=65535)] = 7860  # of 127.0.0.1, the only address the page is served on
     share: bool = False  # a public link through gradio's tunnel; only with --auth
-    auth: str = ""  # user:password that the page and the API ask for; empty: no login
+    auth: str = ""  # user:password that the page and the API ask for; FILE:login.txt reads it from a file, out of sight
 
 
 RUNS = Path("out")
 MAX_PROMPT = 4000  # characters; of a longer prompt the end is read
 MAX_WAITING = 16  # requests in the queue; the next one is told to come back later
+PATIENCE = 10  # seconds of work on a text that nobody has begun to fetch
 REFRESH = 3  # seconds between looks at the disk, for new runs and new lines in a log
+LOG_TAIL = 4_000_000  # bytes; of a longer log the last part is read
 LOADED_AT_ONCE = 2  # models kept in memory: the two that Compare needs
 EXAMPLES = ["ROMEO:", "To be, or not to be,", "Once upon a time", "The sea was calm and"]
 # Every number a visitor can send: lowest, highest, default, step, label, help. The page and the server both use this.
@@ -55,11 +65,12 @@ KNOBS = dict(
     max_new_tokens=(10, 1024, 200, 1, "Length", "At most so many tokens (pieces of words); the model may end sooner."),
     temperature=(0.0, 2.0, 0.8, 0.05, "Temperature", "0 always takes the likeliest token; 1 is lively; 2 is noise."),
     top_k=(0, 200, 0, 1, "Top-k", "Choose among this many of the likeliest tokens only. 0 is off."),
-    top_p=(0.05, 1.0, 1.0, 0.05, "Top-p", "Choose among the likeliest tokens that make up this share. 1 is off."),
+    top_p=(0.0, 1.0, 1.0, 0.05, "Top-p", "Choose among the likeliest tokens that make up this share. 0 or 1 is off."),
     min_p=(0.0, 0.5, 0.0, 0.01, "Min-p", "Drop tokens this much less likely than the likeliest. 0 is off."),
     repetition_penalty=(1.0, 2.0, 1.0, 0.05, "Repetition penalty", "Above 1, words already used become less likely."),
     seed=(0, 2**31 - 1, 0, 1, "Seed", "The same number gives the same text again. 0 draws a new one each time."),
 )  # fmt: skip
+OFF = dict(top_k=(0,), top_p=(0, 1), min_p=(0,))  # values that mean None to generate()
 
 
 def clamp(name: str, value) -> int | float:
@@ -80,7 +91,8 @@ def newest_first(name: str) -> list[str]:
     found = []
     for file in RUNS.glob(f"*/{name}"):
         with suppress(OSError):  # a run may be deleted at any moment
-            found.append((file.stat().st_mtime, str(file.parent)))
+            if file.is_file() and is_text(str(file)):  # JSON cannot hold a name that is not UTF-8
+                found.append((file.stat().st_mtime, str(file.parent)))
     return [run for _, run in sorted(found, reverse=True)]
 
 
@@ -98,7 +110,10 @@ class Models:
     def __init__(self, extra: str, device: str, dtype):
         """extra: the directory or hub id of --model, which may lie outside out/; empty for none."""
         self.extra_folder = find(extra) if extra else None  # the only place where a hub id may be downloaded
-        self.extra = str(Path(extra)) if extra and Path(extra).is_dir() else extra
+        self.extra = extra  # what it is called in the lists: out/NAME, a hub id, or the last part of another path
+        if extra and Path(extra).is_dir():
+            folder = Path(os.path.abspath(extra))
+            self.extra = str(RUNS / folder.name) if folder.parent == RUNS.absolute() else folder.name
         self.device, self.dtype = device, dtype
         self.loaded = {}  # (name, int8) -> (files on disk, model, tokenizer), the latest used last
         self.lock = threading.Lock()
@@ -181,14 +196,15 @@ def write(models: Models, record: Record, name: str, int8: bool, prompt: str, **
     Yields after every token. Closing this iterator, or setting record.stopped, ends the work with the token at hand.
     """
     numbers = {key: clamp(key, value) for key, value in numbers.items()}
-    if not isinstance(prompt, str):
-        raise UserError("the prompt must be text.")
+    if not all(isinstance(text, str) and is_text(text) for text in (prompt, name or "")):
+        raise UserError("the prompt and the model's name must be text, and without half a surrogate pair.")
+    if not isinstance(int8, bool):
+        raise UserError(f"int8={int8!r}: expected true or false.")
     record.seed = numbers["seed"] = numbers["seed"] or random.randrange(1, 2**31)
     record.prompt = prompt[-MAX_PROMPT:]
     model, tokenizer = models.get(name, int8)
-    # an empty prompt begins where a text begins: after a line break, as in sample.py
-    prompt_ids = tokenizer.encode(record.prompt or "\n", add_special_tokens=False).ids
-    numbers["top_k"] = numbers["top_k"] or None  # the page's 0 for "off" is None in generate()
+    prompt_ids = encode_prompt(tokenizer, record.prompt, model.config.max_position_embeddings)
+    numbers = {key: None if value in OFF.get(key, ()) else value for key, value in numbers.items()}
     steps = generate(model, prompt_ids, **numbers, with_logits=True)
     for piece in stream_text(tokenizer, recorded(steps, record, tokenizer, model.config.eos_ids)):
         record.tokens[-1].text += piece  # a character that spans tokens belongs to the last of them
@@ -212,6 +228,13 @@ def recorded(steps, record: Record, tokenizer, eos_ids):
         record.seconds.append(time.perf_counter() - started)
         yield new
     record.why = "you stopped it"
+
+
+def unheard(request: gr.Request, record: Record) -> bool:
+    """Whether PATIENCE seconds have gone into a text and every message about it still lies in gradio's queue.
+    A client that has begun to read and goes away needs no such look: gradio closes the iterator."""
+    unread = request.request.app.get_blocks()._queue.pending_messages_per_session.get(request.session_hash)
+    return sum(record.seconds) > PATIENCE and unread is not None and unread.qsize() >= len(record.tokens)
 
 
 @contextmanager
@@ -288,6 +311,9 @@ def model_html(models: Models, name: str, int8: bool) -> tuple[str, str]:
         meta, c, count = metadata(folder), model.config, model.num_parameters()
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
         sha256 = file_sha256(folder / "tokenizer.json")
+        with damage_named(folder / "model.safetensors"):
+            step = f"{int(meta['step']):,}" if "step" in meta else ""
+            bits = f"{float(meta['val_bpb']):.3f} bits per byte" if "val_bpb" in meta else ""
     except (UserError, OSError) as error:
         return error_html(error), error_html(error)
     kind = "int8" if int8 else str(model.dtype).removeprefix("torch.")
@@ -302,12 +328,10 @@ def model_html(models: Models, name: str, int8: bool) -> tuple[str, str]:
         ("Vocabulary", f"{tokenizer.get_vocab_size():,} tokens", f"tokenizer.json, sha256 {sha256[:12]}"),
         ("Weights", f"{kind} on {model.device}", f"{size:.1f} MB on disk"),
     ]
-    if "step" in meta:
-        step = f"{int(meta['step']):,}"
+    if step:
         line.append(f"step {step}")
         rows.append(("Training step", step, "the one with the lowest validation loss so far"))
-    if "val_bpb" in meta:
-        bits = f"{float(meta['val_bpb']):.3f} bits per byte"
+    if bits:
         line.append(bits)
         rows.append(("Validation", bits, "what it takes to encode text it never saw; less is better"))
     cells = "".join(
@@ -317,29 +341,46 @@ def model_html(models: Models, name: str, int8: bool) -> tuple[str, str]:
     return status_html(line), f'<table class="card">{cells}</table>'
 
 
-def read_log(run: str) -> list[dict]:
-    """The lines of log.jsonl. The last may be half written while the run goes on: what does not parse is left out."""
-    rows = []
-    for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+def is_number(value) -> bool:
+    """Whether it can be drawn: NaN, infinity and integers that a browser would round cannot."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def read_log(run: str) -> tuple[list[dict], list[str]]:
+    """The last LOG_TAIL bytes of log.jsonl as rows, each with a numeric step, and what to say about what is missing.
+    A value that is not what training_view() draws is left out of its row: a gap in one curve."""
+    with open(Path(run) / "log.jsonl", "rb") as f:
+        start = max(0, f.seek(0, os.SEEK_END) - LOG_TAIL)
+        f.seek(start)
+        lines = f.read(LOG_TAIL).split(b"\n")[bool(start) : -1]  # without half a line at either end
+    rows, gaps = [], 0
+    for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not is_number(row.get("step")):
+            gaps += 1
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+        bad = [k for k in ("loss", "val_loss", "val_bpb", "lr", "tok_per_s") if k in row and not is_number(row[k])]
+        if "sample" in row and not (isinstance(row["sample"], str) and is_text(row["sample"])):
+            bad.append("sample")
+        gaps += len(bad)
+        rows.append({key: value for key, value in row.items() if key not in bad})
+    notes = [f"only the last {LOG_TAIL / 1e6:g} MB of the log are shown"] if start else []
+    return rows, notes + ([f"gaps in the log: {gaps:,}"] if gaps else [])
 
 
 def curve(rows: list[dict], key: str, name: str, most: int = 400) -> list[tuple[int, float, str]]:
-    """(step, value, name) of one curve without NaN, thinned to at most 2 * `most` points, the last one included."""
-    points = [(r["step"], r[key], name) for r in rows if isinstance(r.get(key), int | float) and r[key] == r[key]]
+    """(step, value, name) of one curve, thinned to at most 2 * `most` points, the last one included."""
+    points = [(r["step"], r[key], name) for r in rows if key in r]
     every = max(1, len(points) // most)
     return points if every == 1 else [*points[::every], points[-1]]
 
 
 def training_view(run: str):
     """A line of facts; tables of (step, value, curve) for loss, learning rate and speed; the samples of text."""
-    rows = read_log(run)
+    rows, notes = read_log(run)
     evals = [r for r in rows if "val_loss" in r]
     line = [run, f"step {max((r['step'] for r in rows), default=0):,}"]
     loss = curve(rows, "loss", "training") + curve(evals, "val_loss", "validation")
@@ -355,11 +396,10 @@ def training_view(run: str):
         pd.DataFrame(curve(rows, "lr", "learning rate"), columns=["step", "learning rate", "curve"]),
         pd.DataFrame(curve(rows, "tok_per_s", "throughput"), columns=["step", "tokens per second", "curve"]),
     )
-    samples = "".join(
-        f"<dt>step {r['step']:,}</dt><dd>{escape(str(r['sample']))}</dd>" for r in rows if r.get("sample")
-    )
+    last = [r for r in rows if r.get("sample")][-50:]
+    samples = "".join(f"<dt>step {r['step']:,}</dt><dd>{escape(r['sample'][:MAX_PROMPT])}</dd>" for r in last)
     samples = samples or "<dd>No samples in this log: train with --sample_interval=500, say.</dd>"
-    return status_html(line), *tables, f'<dl class="samples">{samples}</dl>'
+    return status_html(line + notes), *tables, f'<dl class="samples">{samples}</dl>'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,7 +524,7 @@ def build(models: Models) -> gr.Blocks:
         generation.then(**describe)  # the model may have been loaded again
         connect_refresh(demo, models, run, drawing, [model, *comparing.models])
         add_api(models)
-    return demo.queue(max_size=MAX_WAITING)
+    return demo.queue(max_size=MAX_WAITING, api_open=False)  # open, /run and /api would compute beside the queue
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -499,17 +539,19 @@ def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
     """Make the buttons of a panel write, stop and clear. Returns the event of generating."""
     box = gr.State([])  # this visitor's records; a list, so that Stop sees them while they are being filled
 
-    def write_all(box, int8, prompt, *rest):
+    def write_all(request: gr.Request, box, int8, prompt, *rest):
         names, numbers = rest[: len(panel.models)], dict(zip(KNOBS, rest[len(panel.models) :]))
         records = [Record() for _ in names]
         box[:] = records
-        if len(prompt) > MAX_PROMPT:
+        if len(prompt or "") > MAX_PROMPT:
             gr.Info(f"Of a prompt longer than {MAX_PROMPT:,} characters only the end is read.")
         tokens_drawn = time.perf_counter()
         with errors_as_toasts():
             numbers["seed"] = clamp("seed", numbers["seed"]) or random.randrange(1, 2**31)  # one for all
             writers = [write(models, r, name, int8, prompt, **numbers) for r, name in zip(records, names)]
             for _ in zip_longest(*writers):  # a token of each model in turn
+                if unheard(request, records[0]):
+                    return
                 due = time.perf_counter() - tokens_drawn > 0.5  # the coloured view is large: not at every token
                 if due:
                     tokens_drawn = time.perf_counter()
@@ -523,6 +565,7 @@ def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
 
     def clear(box):
         stop(box)
+        box.clear()  # or Stop would draw the text again
         return ["", *panel.draw([])]
 
     generation = gr.on(
@@ -550,14 +593,16 @@ def connect_refresh(demo, models: Models, run: gr.Dropdown, drawing: list, model
             choices = list(dict.fromkeys([*names, *filter(None, chosen)]))
             lists = [gr.update(choices=choices, value=name or first(names)) for name in chosen]
             lists.append(gr.update(choices=runs, value=run))
-        if run is None:
-            line = "No training log under out/ yet. Start one: python train.py config/tiny_shakespeare.py"
-            drawn[0] = error_html(line)
-        else:
-            with suppress(OSError):  # deleted since; the next look will see it
-                now["log"] = run, *stamp(Path(run) / "log.jsonl")
-                if now["log"] != seen.get("log"):
-                    drawn = training_view(run)
+        try:
+            if run is None:
+                raise UserError("No log under out/ yet. Start one: python train.py config/tiny_shakespeare.py")
+            now["log"] = run, *stamp(Path(run) / "log.jsonl")
+            if now["log"] != seen.get("log"):
+                drawn = training_view(run)
+        except (UserError, OSError) as error:  # empty curves: another run's must not stay below this one's name
+            now["log"] = str(error)
+            if now["log"] != seen.get("log"):
+                drawn = [error_html(error), None, None, None, ""]
         seen.clear()
         seen.update(now)
         return *lists, *drawn
@@ -572,12 +617,13 @@ def add_api(models: Models):
     """The endpoint /generate, the only one for programs. gradio shows them its signature and its docstring."""
 
     def generate_api(
-        prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0,
-        min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, model: str = "", int8: bool = False,
+        request: gr.Request, prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
+        top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, model: str = "",
+        int8: bool = False,
     ) -> str:  # fmt: skip
         """Continue `prompt`, of which the last 4,000 characters are read; streams the text so far, without the
         prompt. model: a name from the page's list, empty for the first. Numbers are moved into their range; seed 0
-        draws one, top_k 0 and min_p 0 are off."""
+        draws one; top_k 0, min_p 0 and top_p 0 or 1 are off."""
         record = Record()
         numbers = dict(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -585,7 +631,9 @@ def add_api(models: Models):
         )  # fmt: skip
         with errors_as_toasts():
             name = model or first(models.names()) or ""
-            for _ in write(models, record, name, bool(int8), prompt, **numbers):
+            for _ in write(models, record, name, int8, prompt, **numbers):
+                if unheard(request, record):
+                    return
                 yield record.text
             yield record.text
 
@@ -693,19 +741,82 @@ NARROW_JS = "() => { if (innerWidth < 768) document.querySelector('.sidebar.open
 # serving
 
 
+class Gate:
+    """ASGI middleware: refuses what a foreign page in the visitor's browser sends, and what this page never sends.
+
+    The Host must be a name of this machine, or the public link's: by DNS a foreign name can lead here, too. Its port is
+    not looked at, because `ssh -L 8000:localhost:7860` is a usual way to this page.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
+        public = urlsplit(scope["app"].get_blocks().share_url or "").netloc
+        refused = ""
+        if re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]") and (not public or host != public):
+            refused = "this Host is not served here: open http://127.0.0.1 with the port that app.py printed"
+        elif origin and origin.partition("://")[2] != host:
+            refused = "pages of other origins may not call the playground"
+        elif headers.get("content-type", "").lower().startswith("multipart/") and scope["path"] != "/login":
+            refused = "nothing can be uploaded here"
+
+        async def unframed(message):
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-frame-options"] = "DENY"
+                MutableHeaders(scope=message)["content-security-policy"] = "frame-ancestors 'none'"
+            await send(message)
+
+        await (PlainTextResponse(refused, 403) if refused else self.app)(scope, receive, unframed)
+
+
 def launch_arguments(s: Settings) -> dict:
     """How the page is served: everything that gradio would otherwise read from environment variables is set here."""
-    user, _, password = s.auth.partition(":")
+    auth = s.auth
+    if auth.startswith("FILE:"):
+        with damage_named(auth[5:], "It should hold one line, user:password."):
+            auth = Path(auth[5:]).read_text(encoding="utf-8").strip()
+    user, _, password = auth.partition(":")
     if s.auth and not (user and password):
-        raise UserError(f"--auth={s.auth}: write --auth=user:password.")
+        raise UserError("--auth: write --auth=user:password, or --auth=FILE:name for a file that holds user:password.")
     if s.share and not s.auth:
         raise UserError("--share=true makes a public link, so it wants a login: add --auth=user:password.")
     return dict(
         server_name="127.0.0.1", server_port=s.port, share=s.share, auth=(user, password) if s.auth else None,
         allowed_paths=[], blocked_paths=[Path.cwd().anchor], max_file_size="1kb", root_path="", enable_monitoring=False,
-        run_history=False, ssr_mode=False, mcp_server=False, pwa=False, num_workers=1, debug=False, show_error=False,
-        footer_links=["api"], theme=THEME, css=CSS, js=NARROW_JS, quiet=True,
+        run_history=False, ssr_mode=False, mcp_server=False, pwa=False, debug=False, footer_links=["api"], theme=THEME,
+        num_workers=0,  # 1 is a second server on the next port, a process that outlives this one
+        show_error=True,  # or the answer to what gradio itself finds wrong in a request is {"error": null}
+        app_kwargs=dict(middleware=[Middleware(Gate)]), css=CSS, js=NARROW_JS, quiet=True,
     )  # fmt: skip
+
+
+def serve(demo: gr.Blocks, arguments: dict):
+    """The page, until Ctrl-C or a signal; then the port is free at once, whoever is connected or computing."""
+    port = arguments["server_port"]
+    try:
+        demo.launch(**arguments, prevent_thread_lock=True)
+        print(f"the playground is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+        if arguments["share"]:
+            print(f"and, with the login, at {demo.share_url or '... no, the tunnel could not be had'}", flush=True)
+        while True:
+            time.sleep(0.1)
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        other = f"--port={port % 65535 + 1}"
+        raise UserError(f"port {port} is taken, perhaps by another playground. Try: {other}") from None
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Not the ordinary way out: a thread in the midst of a computation cannot be ended, and Python aborts over it.
+        for tunnel in CURRENT_TUNNELS:
+            tunnel.kill()
+        leave_stdout()
+        print(flush=True)  # the shell's prompt after ^C
+        os._exit(end.code if isinstance(end, SystemExit) else 130)
 
 
 def main():
@@ -723,19 +834,7 @@ def main():
     else:
         print("no trained model under out/ yet; the page says how to make one", flush=True)
 
-    # the page, until Ctrl-C
-    demo = build(models)
-    os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # gradio reads it where allowed_paths is empty
-    try:
-        demo.launch(**arguments, prevent_thread_lock=True)
-    except OSError as error:
-        if "empty port" not in str(error):
-            raise
-        raise UserError(f"port {s.port} is taken, perhaps by another playground. Try: --port={s.port + 1}") from None
-    print(f"the playground is at http://127.0.0.1:{s.port} (Ctrl-C ends it)", flush=True)
-    if s.share:
-        print(f"and, with the login, at {demo.share_url or '... no, the tunnel could not be had'}", flush=True)
-    demo.block_thread()
+    serve(build(models), arguments)
 
 
 if __name__ == "__main__":

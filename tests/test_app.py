@@ -1,7 +1,9 @@
 """The playground through gradio_client, and its parts: streaming, stopping, limits, changed files, safe serving."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -190,10 +192,46 @@ def test_the_api_clamps(client, slow):
     (_, settings) = counted.calls[0]
     assert settings["seed"] > 0
     assert {k: v for k, v in settings.items() if k not in ("seed", "stop_ids", "with_logits")} == dict(
-        max_new_tokens=1024, temperature=0.0, top_k=None, top_p=0.05, min_p=0.5, repetition_penalty=1.0
+        max_new_tokens=1024, temperature=0.0, top_k=None, top_p=None, min_p=0.5, repetition_penalty=1.0
     )
     with pytest.raises(AppError, match="temperature='hot'"):
         client.predict("MARA:", temperature="hot", api_name="/generate")
+
+
+def test_off_means_off(runs, monkeypatch):
+    """A filter at its neutral value must not be computed: at top_p=1.0 every token sorted the whole vocabulary."""
+    asked = []
+    token = torch.tensor([300]), torch.zeros(1, 512)
+    monkeypatch.setattr(app, "generate", lambda model, ids, **s: asked.append(s) or iter([token]))
+    for values in (dict(), dict(top_p=0.0)):
+        written(runs, **values)
+        assert (asked[-1]["top_k"], asked[-1]["top_p"], asked[-1]["min_p"]) == (None, None, None)
+    written(runs, top_k=3, top_p=0.9, min_p=0.1)
+    assert (asked[-1]["top_k"], asked[-1]["top_p"], asked[-1]["min_p"]) == (3, 0.9, 0.1)
+
+
+def post(url: str, data: list, **more):
+    """Ask /generate as curl would: POST, then read the stream to its end; the last event and its data."""
+    base = f"{url}gradio_api/call/generate"
+    body = json.dumps(dict(data=data))  # not httpx's own JSON, which refuses a surrogate
+    answer = httpx.post(base, content=body, headers={"content-type": "application/json"}, timeout=20)
+    answer = httpx.get(f"{base}/{answer.json()['event_id']}", timeout=20).text.strip().splitlines()
+    return answer[-2].removeprefix("event: "), json.loads(answer[-1].removeprefix("data: "))
+
+
+def test_bad_requests_get_a_message(served):
+    """{"error": null} leaves a program's author guessing; each of these once did, or ended in a traceback."""
+    good = ["MARA:", 10, 0.8, 0, 1.0, 0.0, 1.0, 5, "", False]
+    assert post(served[0], good)[0] == "complete"
+    for place, value, said in (
+        (0, "\ud800", "surrogate"), (0, 5, "must be text"), (0, None, "must be text"), (1, "x", "max_new_tokens='x'"),
+        (2, None, "temperature=None"), (3, [1], "top_k="), (7, {}, "seed="), (8, [1], "must be text"),
+        (8, "\ud800", "surrogate"), (8, "out/nothing", "no such model"), (9, "yes", "int8='yes'"),
+    ):  # fmt: skip
+        event, data = post(served[0], [*good[:place], value, *good[place + 1 :]])
+        assert event == "error" and said in data["error"], (place, value, data)
+    event, data = post(served[0], ["MARA:"])  # gradio's own refusal
+    assert event == "error" and "enough input values" in data["error"]
 
 
 def test_long_prompts_are_cut_on_the_server(served, client, slow):
@@ -242,6 +280,21 @@ def test_a_model_that_goes_or_changes_is_noticed(tmp_path):
         (tmp_path / "out" / "b" / "model.safetensors").write_bytes(b"not weights at all")
         with pytest.raises(AppError, match="damaged"):
             ask(client, model="out/b").result()
+
+
+def test_what_a_model_is_called(tmp_path, monkeypatch):
+    """A path of the disk is no name for the top of the page; two models with one last part must still be two names,
+    and a run under out/ has one name, however --model is written."""
+    for folder in ("out/play", "elsewhere/play"):
+        make_run(tmp_path / folder, seed=len(folder))
+    monkeypatch.chdir(tmp_path)
+    other = app.Models(str(tmp_path / "elsewhere" / "play"), "cpu", None)
+    assert other.names() == ["play", "out/play"]
+    assert [other.folder(name) for name in other.names()] == [tmp_path / "elsewhere" / "play", Path("out/play")]
+    line, card = app.model_html(other, "play", False)
+    assert "play ·" in line and str(tmp_path) not in line and str(tmp_path) in card
+    for same in ("out/play", "./out/play/", "elsewhere/../out/play", str(tmp_path / "out" / "play")):
+        assert app.Models(same, "cpu", None).names() == ["out/play"]
 
 
 @pytest.mark.slow
@@ -348,7 +401,7 @@ def test_random_weights_are_never_served(tmp_path):
     """A run from scratch is a whole model directory before its first evaluation, but there is nothing in it to show."""
     fresh = make_run(tmp_path / "fresh", step=0, evaluated=False)
     with pytest.raises(UserError, match="has not been trained yet"):
-        app.Models(str(fresh), "cpu", None).get(str(fresh))
+        app.Models(str(fresh), "cpu", None).get("fresh")
 
 
 def test_training_reads_a_log_that_is_being_written(runs, tmp_path):
@@ -358,12 +411,66 @@ def test_training_reads_a_log_that_is_being_written(runs, tmp_path):
     with open(folder / "log.jsonl", "a", encoding="utf-8") as f:
         f.write('{"step": 300, "loss": NaN, "lr": 0.1}\n[1]\n{"step": 310, "lo')
     line, loss, lr, rate, samples = app.training_view(str(folder))
-    assert "best at step 200" in line and "step 300" in line
+    assert "best at step 200" in line and "step 300" in line and "gaps in the log: 2" in line
     assert loss.groupby("curve").size().to_dict() == {"training": 30, "validation": 4, "best": 2}
     assert set(loss[loss.curve == "best"].step) == {200}
     assert lr["learning rate"].iloc[-1] == 0.1
     assert len(rate) == 30
     assert samples.count("<dt>") == 2 and "&lt;b&gt;MARA" in samples and "<b>" not in samples
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    ['"step": "x", "loss": 1', '"step": null', '"step": true', '"step": 1e999', '"step": 50, "val_loss": null',
+     '"step": 50, "val_loss": "low", "best": true', '"step": 50, "val_loss": [1]', '"step": 50, "val_loss": Infinity',
+     '"step": 50, "loss": ' + "9" * 400, '"step": 50, "lr": {}', '"step": 50, "val_bpb": null, "sample": "\\ud800"',
+     '"step": 50, "sample": 7', '"step": 50, "x": ' + "[" * 100_000],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_garbage_in_a_log_is_a_gap(runs, tmp_path, garbage):
+    """It was a TypeError, after which the page showed another run's curves below this one's name."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "out" / "a", folder)
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as f:
+        f.write("{" + garbage + "}\n")
+    line, loss, *_, samples = app.training_view(str(folder))
+    assert "gaps in the log: " in line and "best at step 200" in line
+    assert loss.groupby("curve").size().to_dict() == {"training": 30, "validation": 4, "best": 2}
+    assert samples.count("<dt>") == 2
+    samples.encode()
+
+
+def test_of_a_long_log_the_last_part_is_read(runs, tmp_path, monkeypatch):
+    """A log of 200 MB took 15 s and 5 GB, every time a page looked at it."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "out" / "a", folder)
+    log = folder / "log.jsonl"
+    whole = app.training_view(str(folder))
+    assert "shown" not in whole[0]
+    log.write_bytes(b"x" * 10_000_000 + b"\n" + log.read_bytes())
+    line, loss, *_ = app.training_view(str(folder))
+    assert "only the last 4 MB of the log are shown" in line and "gaps" not in line  # half a line is none
+    assert loss.equals(whole[1])
+    log.write_bytes(b"x" * 10_000_000)  # a line that does not end
+    line, loss, *_ = app.training_view(str(folder))
+    assert "shown" in line and loss.empty
+
+
+def test_a_log_that_cannot_be_read_empties_the_curves(tmp_path, monkeypatch):
+    """Curves of the run that was shown before must not stay below the name of another."""
+    make_run(tmp_path / "out" / "a")
+    monkeypatch.chdir(tmp_path)
+    demo = app.build(app.Models("", "cpu", None))
+    refresh = next(f.fn for f in demo.fns.values() if f.fn and f.fn.__name__ == "refresh")
+    seen = {}
+    assert len(refresh(seen, "out/a", "out/a", "out/a", "out/a")[-4]) > 30  # the loss
+    monkeypatch.setattr(app, "training_view", lambda run: open(tmp_path / "gone"))
+    os.utime(tmp_path / "out" / "a" / "log.jsonl", (1, 1))
+    line, *curves, samples = refresh(seen, "out/a", "out/a", "out/a", "out/a")[-5:]
+    assert "gone" in line and curves == [None, None, None] and samples == ""
+    shutil.rmtree(tmp_path / "out")
+    line, *curves, samples = refresh(seen, "out/a", "out/a", "out/a", "out/a")[-5:]
+    assert "python train.py" in line and curves == [None, None, None]
 
 
 def test_long_curves_are_thinned():
@@ -398,9 +505,28 @@ def test_launch_is_local_and_closed():
     a = app.launch_arguments(app.Settings())
     assert (a["server_name"], a["server_port"], a["share"], a["auth"]) == ("127.0.0.1", 7860, False, None)
     assert not (a["allowed_paths"] or a["run_history"] or a["enable_monitoring"] or a["mcp_server"] or a["ssr_mode"])
+    assert a["num_workers"] == 0  # gradio's workers are processes with a port of their own, and outlive the app
     for s in (dict(share=True), dict(auth="ada"), dict(auth=":x"), dict(auth="ada:"), dict(share=True, auth="ada:")):
         with pytest.raises(UserError, match="--auth=user:password"):
             app.launch_arguments(app.Settings(**s))
+
+
+def test_a_login_from_a_file(tmp_path):
+    """A password on the command line can be read by every user of the machine, with ps."""
+    file = tmp_path / "login.txt"
+    file.write_text("ada:with:colon\n", encoding="utf-8")
+    a = app.launch_arguments(app.Settings(share=True, auth=f"FILE:{file}"))
+    assert a["share"] is True and a["auth"] == ("ada", "with:colon")
+    for content in (b"", b"ada", b"\xff\xff:x"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="user:password"):
+            app.launch_arguments(app.Settings(auth=f"FILE:{file}"))
+    with pytest.raises(UserError, match="none.txt not found"):
+        app.launch_arguments(app.Settings(auth="FILE:none.txt"))
+
+
+def test_a_login_on_the_command_line():
+    """The password may hold colons."""
     a = app.launch_arguments(app.Settings(share=True, auth="ada:with:colon"))
     assert a["share"] is True and a["auth"] == ("ada", "with:colon")
 
@@ -415,7 +541,7 @@ def test_no_file_can_be_read(runs, monkeypatch):
         for path in (secret, "/etc/passwd", "out/a/config.json"):
             assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
         upload = httpx.post(f"{url}gradio_api/upload", files=dict(files=("x.txt", b"x" * 5000)))
-        assert upload.status_code == 413
+        assert upload.status_code == 403
     with serving(runs, blocked_paths=[]) as (url, _, _):  # the check above can fail
         assert httpx.get(f"{url}gradio_api/file={secret}").status_code == 200
 
@@ -428,6 +554,82 @@ def test_login(runs):
         body = dict(prompt="MARA:")
         assert httpx.post(f"{url}gradio_api/call/v2/generate", json=body).status_code == 401
         assert ask(Client(url, auth=("ada", "secret"), verbose=False), n=10).result()
+        form = dict(username=(None, "ada"), password=(None, "secret"))  # as the page sends it
+        assert httpx.post(f"{url}login", files=form).status_code == 200
+
+
+def test_other_sites_cannot_reach_it(served):
+    """A page that the visitor has open could point its own name at this machine (DNS rebinding), send forms, upload
+    files without end, or lay this page, invisible, over its own."""
+    url = served[0]
+    port = url.rstrip("/").rpartition(":")[2]
+    body = dict(data=["MARA:", 10, 0.8, 0, 1.0, 0.0, 1.0, 5, "", False])
+
+    def start(**headers):
+        """Whether a generation can be started with these headers."""
+        return httpx.post(f"{url}gradio_api/call/generate", json=body, headers=headers).status_code == 200
+
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "localhost:8000"):  # the last is ssh -L's
+        assert start(host=host) and start(host=host, origin=f"http://{host}")
+    for host in (f"evil.example:{port}", "127.0.0.1.evil.example", f"localhost.evil:{port}", "x@127.0.0.1", ""):
+        assert not start(host=host) and not start(host=host, origin=f"http://{host}")
+        assert httpx.get(f"{url}config", headers=dict(host=host)).status_code == 403
+    for origin in ("http://localhost:3000", f"http://localhost:{port}", "https://evil.example", "null"):
+        assert not start(origin=origin)  # the Host is 127.0.0.1 with the port
+    for path in ("upload", "upload/", "process_recording", "component_server"):
+        assert httpx.post(f"{url}gradio_api/{path}", files=dict(files=("x.txt", b"x"))).status_code == 403
+    for path in ("", "config", "gradio_api/upload"):
+        answer = httpx.get(url + path)
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["content-security-policy"] == "frame-ancestors 'none'"
+
+
+def test_the_public_link_is_a_host(served, monkeypatch):
+    """With --share=true the name of gradio's tunnel is served as well, and no other."""
+    url, demo, _ = served
+    host = dict(host="0123abcd.gradio.live")
+    assert httpx.get(f"{url}config", headers=host).status_code == 403
+    monkeypatch.setattr(demo, "share_url", "https://0123abcd.gradio.live")
+    assert httpx.get(f"{url}config", headers=host).status_code == 200
+    assert httpx.get(f"{url}config", headers=dict(host="other.gradio.live")).status_code == 403
+
+
+@pytest.mark.slow
+def test_nothing_passes_by_the_queue(served, slow):
+    """Gradio's /run and /api compute beside the queue: 40 requests were 40 computations at once."""
+    url, demo, _ = served
+    counted = slow(0.01)
+    data = ["MARA:", 10, 0.8, 0, 1.0, 0.0, 1.0, 5, "", False]
+    generating = [f._id for f in demo.fns.values() if f.fn and f.fn.__name__ in ("generate_api", "write_all")]
+    assert len(generating) == 3
+    for path in ("gradio_api/run/generate", "gradio_api/api/generate", "gradio_api/run/predict", "run/predict"):
+        for index in generating:
+            assert httpx.post(url + path, json=dict(data=data, fn_index=index)).status_code == 404
+    assert counted.calls == []
+    codes = [httpx.post(f"{url}gradio_api/call/generate", json=dict(data=data)).status_code for _ in range(40)]
+    assert codes[: app.MAX_WAITING] == [200] * app.MAX_WAITING and set(codes) <= {200, 503}
+    counted.wait_for(10 * codes.count(200))
+    assert counted.most_running == 1
+
+
+@pytest.mark.slow
+def test_a_text_that_nobody_fetches_is_given_up(served, slow, monkeypatch):
+    """A request may be sent and its stream never read: the others in the queue should not wait for it."""
+    url, demo, _ = served
+    monkeypatch.setattr(app, "PATIENCE", 0.3)
+    counted = slow(0.02)
+    knobs = [500, 0.8, 0, 1.0, 0.0, 1.0, 5]
+    page = next(f._id for f in demo.fns.values() if f.fn and f.fn.__name__ == "write_all")
+    for path, body in (
+        ("call/generate", dict(data=["MARA:", *knobs, "", False])),
+        ("queue/join", dict(data=[None, False, "MARA:", "out/a", *knobs], fn_index=page, session_hash="nobody")),
+    ):
+        before = counted.tokens
+        assert httpx.post(f"{url}gradio_api/{path}", json=body).status_code == 200
+        counted.wait_for(before + 1)
+        assert counted.ended.wait(5), "it went on for nobody"
+        assert counted.tokens < before + 100
+    assert ask(Client(url, verbose=False), n=50).result()  # a second of work, but for somebody
 
 
 def test_only_generate_is_public(client):
@@ -451,6 +653,51 @@ def test_a_taken_port_is_reported(tmp_path):
     assert f"port {port} is taken" in done.stderr and f"--port={port + 1}" in done.stderr
 
 
+NEVER_ENDS = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import app
+
+def generate(model, ids, **settings):
+    a = torch.ones(1500, 1500)
+    while True:
+        a = a @ a
+    yield
+
+app.generate = generate
+sys.argv = ["app.py", "--port={port}"]
+app.guard(app.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_it_ends_when_told_to_and_frees_the_port(tmp_path):
+    """A process that gradio had forked kept the port of an ended app: it accepted and never answered, and the next
+    start said that the port was taken. Nor may a computation that cannot be interrupted delay the end, or abort it."""
+    make_run(tmp_path / "out" / "a")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/gradio_api/call/generate"
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
+        program = NEVER_ENDS.format(root=str(ROOT), port=port)
+        with subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as running:
+            try:
+                assert any("the playground is at" in line for line in running.stdout), running.stderr.read()
+                body = dict(data=["MARA:", 10, 0.8, 0, 1.0, 0.0, 1.0, 5, "", False])
+                event = httpx.post(url, json=body).json()["event_id"]
+                with httpx.stream("GET", f"{url}/{event}", timeout=5):  # someone is connected, and it computes
+                    time.sleep(0.3)
+                    running.send_signal(number)
+                    assert running.wait(timeout=2) == code
+            finally:
+                running.kill()
+            assert running.stderr.read() == ""
+
+
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
     """A mistake ends with its remedy, and nothing is served: least of all another model than the one that was named."""
     make_run(tmp_path / "out" / "good")
@@ -461,6 +708,7 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
     for flag, said in (
         ("--model=out/nothing", "no such directory"),
         (f"--model={bad}", "tokenizer.json"),
+        ("--auth=FILE:nothing.txt", "nothing.txt not found"),
         ("--share=true", "--auth=user:password"),
         ("--device=abacus", "--device=abacus"),
     ):
@@ -469,3 +717,9 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
             guard(app.main)
         assert end.value.code == 1
         assert said in capsys.readouterr().err
+    for flag in ("--port=0", "--port=65536", "--dtype=float8"):
+        monkeypatch.setattr(sys, "argv", ["app.py", flag])
+        with pytest.raises(SystemExit) as end:
+            guard(app.main)
+        assert end.value.code == 2
+        assert flag in capsys.readouterr().err

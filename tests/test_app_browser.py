@@ -237,6 +237,10 @@ def test_clear(visit):
     assert page.locator("#prompt textarea").input_value() == ""
     open_tab(page, "See inside")
     assert page.locator("#inside [data-t]").count() == 0
+    open_tab(page, "Write")
+    page.get_by_role("button", name="Stop").first.click()  # it brought the text back
+    page.wait_for_timeout(500)
+    assert page.locator("#text .paper.empty").is_visible()
 
 
 def test_compare(visit):
