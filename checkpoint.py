@@ -12,6 +12,7 @@ damaged or does not belong together is a UserError: no other weights and no othe
 
 import json
 import math
+import re
 import shutil
 import zipfile
 import zlib
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer
 
 from config import UserError
 from device import DTYPES
-from files import atomic, damage_named, file_sha256, read_json, write_json
+from files import atomic, damage_named, file_sha256, load_tokenizer, read_json, write_json
 from model import SmolLM2, SmolLM2Config
 from quantize import quantize as quantize_weights
 
@@ -69,8 +70,8 @@ def find(path) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
-    parts = str(path).split("/")
-    if len(parts) != 2 or not all(parts) or str(path)[0] in "./~" or Path(parts[0]).is_dir():
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]*\w", str(path))
+    if not is_id or Path(str(path).split("/")[0]).is_dir():
         raise UserError(f"{path}: no such directory. Train a model with: python train.py config/tiny_shakespeare.py")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -131,18 +132,19 @@ def config_from_dict(hf: dict, source: str = "config.json") -> SmolLM2Config:
     )  # fmt: skip
     for key, only in must_be.items():
         if hf.get(key, only) != only:
-            wrong.append(f"{key}={hf[key]!r} (only {only!r} is implemented)")
+            wrong.append(f"{key}={hf[key]!r:.80} (only {only!r} is implemented)")
     if "model_type" not in hf:
         wrong.append("model_type is missing (expected 'llama')")
     rope = hf.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))  # `type` is its older name, still honoured
     if rope_type != "default":
-        wrong.append(f"rope_type={rope_type!r} (only 'default' is implemented)")
+        wrong.append(f"rope_type={rope_type!r:.80} (only 'default' is implemented)")
     # transformers 5 keeps theta in rope_parameters and prefers it there, transformers 4 beside the other settings. With
     # a default here a config without theta would become a wrong model that gives no error, so it is refused.
     theta = rope.get("rope_theta", hf.get("rope_theta"))
-    if theta is None:
-        wrong.append('rope_theta is missing (SmolLM2-135M: "rope_theta": 100000)')
+    if type(theta) not in (int, float):
+        given = "is missing" if theta is None else f"is {theta!r:.80}"
+        wrong.append(f'rope_theta {given} (expected a number, as SmolLM2-135M\'s "rope_theta": 100000)')
     required = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
     wrong += [f"{key} is missing" for key in required if key not in hf]
     if wrong:
@@ -322,8 +324,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{file} not found: a model needs its own tokenizer. Copy it from where the model came.")
-    with damage_named(file):
-        tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = load_tokenizer(file)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -405,13 +406,19 @@ def restore(state: dict, path: Path, model: SmolLM2, optimizer, scaler):
     the optimizer (learning rate, betas, decay) stay those it was made with. UserError where a part is of another model.
     """
     with damage_named(path, way_out_of(path)):
-        model.load_state_dict(state["model"])
-        moments = state["optimizer"]["state"]
+        moments, groups = state["optimizer"]["state"], optimizer.state_dict()["param_groups"]
+        if [g["params"] for g in groups] != [g["params"] for g in state["optimizer"]["param_groups"]]:
+            raise ValueError("an optimizer of other parameters")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kinds = {t.dtype for t in state["model"].values()}
         for i, p in enumerate(parameters if moments else []):  # there are none before the first step
             if {moments[i][key].shape for key in ("exp_avg", "exp_avg_sq")} != {p.shape} or moments[i]["step"].dim():
                 raise ValueError(f"moments of another shape than {list(p.shape)}")
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            kinds |= {t.dtype for t in moments[i].values()}
+        if kinds != {torch.float32}:
+            raise ValueError("numbers that are not float32")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
 

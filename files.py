@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
 
 from config import UserError
 
@@ -72,6 +73,25 @@ def damage_named(path, remedy: str = "Copy it again from where it came."):
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{path} is damaged, or not what it should be ({reason}). {remedy}") from None
+
+
+def load_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer.json through the tokenizers library. UserError where it cannot be read, or would fill the memory."""
+    with damage_named(file):
+        if file.stat().st_size > 64 << 20:
+            raise ValueError("over 64 MB; 65,536 tokens take a tenth of that")
+        tokenizer = Tokenizer.from_file(str(file))
+        if tokenizer.normalizer is not None and growth(json.loads(tokenizer.to_str())["normalizer"]) > 16:
+            raise ValueError("its normalizer makes a text many times as long")
+    return tokenizer
+
+
+def growth(step: dict | None) -> int:
+    """How many times as long a text may become in a normalizer of tokenizer.json, by what it puts in."""
+    if step is None:
+        return 1
+    put_in = step.get("content") or step.get("prepend") or ""
+    return max(1, len(put_in)) * math.prod(map(growth, step.get("normalizers", ())))
 
 
 def file_sha256(path) -> str:

@@ -7,32 +7,42 @@ Text to tokens: data/NAME/tokenizer.json, train.bin, val.bin and meta.json, from
     python prepare.py --input=posts.jsonl --dataset=posts --tokenizer=HuggingFaceTB/SmolLM2-135M    # to fine-tune it
     python prepare.py config/tiny_shakespeare.py                        # what train.py does by itself for a recipe
 
-A .jsonl file holds a document per line, in its "text" field; any other file is one document of UTF-8 text. The last
-tenth of the documents (of the text, where there is only one) becomes validation; the tokenizer is trained on the rest
-alone. Each document ends with <|endoftext|>. Texts are read in pieces, so they may be larger than memory.
+A .jsonl file holds a document per line, in its "text" field; any other file is one document of UTF-8 text. A tenth of
+the text becomes validation, and the tokenizer is trained on the rest alone. Of ten different documents or more, a hash
+of the text chooses which: evenly over the corpus, copies of a document together, the same ones in every run. Of fewer
+it is the last ones, of one its last part. Each document ends with <|endoftext|>. Texts are read in pieces, so they may
+be larger than memory.
 
 The .bin files are little-endian uint16 token ids without a header, as in nanoGPT.
 """
 
 import codecs
-import glob
 import hashlib
 import json
+import os
+import re
+import shlex
 import sys
+import threading
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from config import UserError, guard, override
-from files import atomic, exclusive, file_sha256, read_json
+from config import UserError, Within, check, guard, override, say
+from files import atomic, damage_named, exclusive, file_sha256, load_tokenizer, read_json
+
+MAX_VOCAB_SIZE = 65536  # what uint16 can number
+END = "<|endoftext|>"
+SPECIAL = [END, "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
 
 
 @dataclass
@@ -40,16 +50,23 @@ class Settings:
     input: str = ""  # file, folder or glob; "shakespeare" is Tiny Shakespeare; empty: data/DATASET/input.txt
     dataset: str = "shakespeare"  # the result goes to data/DATASET/
     tokenizer: str = "bpe"  # bpe trains one; or a tokenizer.json, a directory or hub id that has one, or gpt2
-    vocab_size: int = 5000  # of a trained tokenizer; at most 65536, what uint16 holds
-    val_fraction: float = 0.1  # how much of the text is kept for validation
+    # the smallest vocabulary is the bytes and the special tokens, the largest what uint16 holds
+    vocab_size: Annotated[int, Within(256 + len(SPECIAL), MAX_VOCAB_SIZE)] = 5000  # of a trained tokenizer; to 65536
+    val_fraction: Annotated[float, Within(above=0, below=1)] = 0.1  # how much of the text is kept for validation
 
 
 DATA = Path("data")
-PIECE = 1 << 20  # characters per piece: large enough for speed, small enough that many fit in memory
-TOKENIZER_BYTES = 256 << 20  # a larger sample makes no better tokenizer, but training on it takes the memory
-MAX_VOCAB_SIZE = 65536  # what uint16 can number
-END = "<|endoftext|>"
-SPECIAL = [END, "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
+PIECE = 1 << 18  # characters per piece: large enough for speed, small enough that many fit in memory
+STRETCH = 1 << 18  # characters without a space or line break that are held; a longer stretch is cut anywhere
+LINE = 16 << 20  # characters of a line of a .jsonl file, which is held whole
+MANY = 10  # different documents, from which a hash chooses those for validation
+HASHES = 1 << 16
+TOKENIZER_BYTES = 16 << 20  # of text that a tokenizer is trained on: more make hardly a better one
+DISTINCT_BYTES = 2 << 20  # of different words in it: training takes up to 140 times as much memory
+# Parts of a text for the trainer, which is quadratic in the length of a word; and about what it takes for a word.
+STRETCHES = re.compile(r"(?s).{1,999}\S(?=[ \n])|.{1,1000}")
+WORD = re.compile(r"[^\W\d]+|[^\w\s]+")
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -62,24 +79,25 @@ PLAY = Path(__file__).parent / "data" / "shakespeare" / "play.txt"  # used where
 
 
 def find_input(s: Settings) -> list[Path]:
-    """The files to read, in a fixed order. UserError where there are none."""
-    if s.input and s.input != "shakespeare":
-        path = Path(s.input)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        elif path.is_file():  # before the glob: a name may have brackets in it
-            files = [path]
-        else:
-            files = sorted(p for p in map(Path, glob.glob(s.input, recursive=True)) if p.is_file())
-        if not files:
-            raise UserError(f"--input={s.input}: no such file, folder with files, or glob that matches one.")
-        return files
-    own = DATA / s.dataset / "input.txt"
-    if own.is_file():
-        return [own]
-    if not s.input and s.dataset != "shakespeare":
-        raise UserError(f"nothing to prepare: give --input=FILE, a folder or a glob, or put the text at {own}.")
-    return [shakespeare()]
+    """The files to read, each once, in a fixed order. Hidden files and folders, and folders behind links, are left out,
+    but for those that --input spells out. UserError where there are none."""
+    path, own = Path(s.input), DATA / s.dataset / "input.txt"
+    if s.input in ("", "shakespeare"):
+        if not own.is_file() and s.input == "" and s.dataset != "shakespeare":
+            raise UserError(f"nothing to prepare: give --input=FILE, a folder or a glob, or put the text at {own}.")
+        return [own if own.is_file() else shakespeare()]
+    if path.is_file():  # before the glob: a name may have brackets in it
+        return [path]
+    pattern = "**/*" if path.is_dir() else str(path.relative_to(path.anchor))
+    pattern = re.sub(r"\*\*$", "**/*", re.sub(r"\*\*+(?=[^/*])|(?<=[^/*])\*\*+", "*", pattern))  # what glob.glob takes
+    files = {}
+    for file in sorted((path if path.is_dir() else Path(path.anchor)).glob(pattern)):
+        hidden = any(part.startswith(".") and part not in path.parts for part in file.parts)
+        if file.is_file() and not hidden:
+            files.setdefault(os.path.realpath(file), file)
+    if not files:
+        raise UserError(f"--input={s.input}: no such file, folder with files, or glob that matches one.")
+    return list(files.values())
 
 
 def shakespeare() -> Path:
@@ -96,7 +114,7 @@ def shakespeare() -> Path:
                     text += block
                     bar.update(len(block))
     except OSError as error:  # no network, no such host, a time-out, a refusal: URLError is one
-        print(
+        say(
             f"!! OFFLINE: Tiny Shakespeare could not be downloaded ({error}). Using {PLAY.name} instead, an original "
             f"play a tenth its size that comes with this project. For the real one, put it at {path}."
         )
@@ -112,46 +130,54 @@ def shakespeare() -> Path:
     return path
 
 
-def read_pieces(files: list[Path], sha256=None) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it ends its document) for all the text. UserError names what cannot be read.
-    `sha256`, if given, is updated with the files' bytes."""
+def read_pieces(files: list[Path], sha256=None) -> Iterator[tuple[str, int, bool]]:
+    """(piece, the hash of its document, whether it ends its document) for all the text. UserError names what cannot be
+    read. `sha256`, if given, is updated with the files' bytes."""
     for file in files:
-        read = read_jsonl if file.suffix == ".jsonl" else read_document
-        yield from read(file, sha256)
+        if file.suffix.lower() == ".jsonl":
+            for text in read_jsonl(file, sha256):
+                yield from in_pieces(text[i : i + PIECE] for i in range(0, len(text), PIECE))
+        else:
+            yield from in_pieces(read_text(file, sha256))
 
 
-def read_jsonl(file: Path, sha256) -> Iterator[tuple[str, bool]]:
-    """Each line's text as one piece; blank lines and empty texts are skipped."""
+def in_pieces(blocks: Iterable[str]) -> Iterator[tuple[str, int, bool]]:
+    """A document in pieces of about PIECE characters. They are cut where every tokenizer of the byte-level family cuts,
+    so encoding piece by piece gives the same ids as encoding the whole. Only where STRETCH characters, more than any
+    word has, offer no such place, the cut falls anywhere. The hash is that of the first piece, 0 to HASHES - 1."""
+    rest, document = "", None
+    for block in blocks:
+        rest += block
+        if len(rest) >= PIECE and (cut := last_cut(rest) or (len(rest) >= STRETCH and len(rest) - 1)):
+            document = text_hash(rest[:cut]) if document is None else document
+            yield rest[:cut], document, False
+            rest = rest[cut:]
+    if rest:
+        yield rest, text_hash(rest) if document is None else document, True
+
+
+def text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=2).digest(), "big")
+
+
+def read_jsonl(file: Path, sha256) -> Iterator[str]:
+    """The text of each line; blank lines and empty texts are skipped. UserError gives the number of a bad line."""
     for number, line in enumerate(read_lines(file, sha256), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise UserError(f'{file}, line {number}: expected a JSON object with a "text" field of text.')
+            text.encode()  # half of a surrogate pair is JSON, but not text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            wanted = 'a JSON object with a "text" field of text'
+            raise UserError(f"{file}, line {number}: expected {wanted}.") from None
         if text:
-            yield text, True
-
-
-def read_document(file: Path, sha256) -> Iterator[tuple[str, bool]]:
-    """A text file in pieces of about PIECE characters. They are cut where every tokenizer of the byte-level family
-    cuts, so encoding piece by piece gives the same ids as encoding the whole."""
-    rest = ""
-    for text in read_text(file, sha256):
-        rest += text
-        cut = last_cut(rest) if len(rest) >= PIECE else 0
-        if cut:
-            yield rest[:cut], False
-            rest = rest[cut:]
-    if rest:
-        yield rest, True
+            yield text
 
 
 def read_text(file: Path, sha256) -> Iterator[str]:
     """The decoded text of a file, block by block, line ends unchanged. UserError gives the position of a bad byte."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte order mark
+    decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
     try:
         with open(file, "rb") as f:
@@ -164,10 +190,14 @@ def read_text(file: Path, sha256) -> Iterator[str]:
                     text = decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
                     at = position - held + error.start
+                    convert = f"Convert it with: iconv -f latin1 -t utf-8 {shlex.quote(str(file))}"
                     raise UserError(
-                        f"{file}: not UTF-8 text (byte {at:,} is {error.object[error.start]:#04x}). Convert it with: "
-                        f"iconv -f latin1 -t utf-8 {file}, or leave it out with a glob such as 'folder/**/*.txt'."
+                        f"{file}: not UTF-8 text (byte {at:,} is {error.object[error.start]:#04x}). "
+                        f"{'Unpack it first' if file.suffix.lower() in PACKED else convert}, or leave it out with a "
+                        "glob such as 'folder/**/*.txt'."
                     ) from None
+                if position == 0:
+                    text = text.removeprefix("\ufeff")  # the byte order mark of Windows
                 position += len(block)
                 if text:
                     yield text
@@ -178,19 +208,23 @@ def read_text(file: Path, sha256) -> Iterator[str]:
 
 
 def read_lines(file: Path, sha256) -> Iterator[str]:
-    rest = ""
+    """UserError for a line that is too long to hold."""
+    line, number = [], 1  # the parts of a line that blocks have cut
     for text in read_text(file, sha256):
-        *lines, rest = (rest + text).split("\n")
-        yield from lines
-    yield rest
+        *ends, rest = text.split("\n")
+        for end in ends:
+            yield "".join([*line, end])
+            line, number = [], number + 1
+        line.append(rest)
+        if sum(map(len, line)) > LINE:
+            raise UserError(f"{file}, line {number}: over {LINE:,} characters. Put that text into a .txt file.")
+    yield "".join(line)
 
 
 def last_cut(text: str) -> int:
     """The last place where a word ends and a space or line break begins; 0 if there is none."""
-    for i in range(len(text) - 1, 0, -1):
-        if text[i] in " \n" and not text[i - 1].isspace():
-            return i
-    return 0
+    found = re.match(r"(?s).*\S(?=[ \n])", text)  # goes to the end, and back from there once
+    return found.end() if found else 0
 
 
 @dataclass
@@ -202,19 +236,21 @@ class Source:
     characters: int = 0
     bytes: int = 0  # of text: without byte order marks and without the JSON around it
     sha256: str = ""  # of all the files' bytes
+    file_bytes: int = 0
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(HASHES, np.int64))  # characters, by document's hash
 
 
 def scan(files: list[Path]) -> Source:
     """Read all the input once and count it. UserError if some of it cannot be read, or there is no text in it."""
-    source = Source(files)
+    source = Source(files, file_bytes=sum(os.path.getsize(file) for file in files))
     sha256 = hashlib.sha256()
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        for text, ends in read_pieces(files, sha256):
+    with tqdm(total=source.file_bytes, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+        for text, document, ends in read_pieces(files, sha256):
             size = len(text.encode())
             source.bytes += size
             source.characters += len(text)
             source.documents += ends
+            source.sizes[document] += len(text)
             bar.update(size)
     if source.documents == 0:
         raise UserError(f"{', '.join(map(str, files[:3]))}: no text in it. An empty file cannot be trained on.")
@@ -222,13 +258,31 @@ def scan(files: list[Path]) -> Source:
     return source
 
 
+def held_out(source: Source, val_fraction: float) -> np.ndarray | None:
+    """(HASHES,) bool: whose documents are validation. In the order of the hashes, those that bring the validation text
+    nearer to val_fraction of all are taken. None where there are fewer than MANY different documents."""
+    found = np.flatnonzero(source.sizes)
+    if len(found) < MANY:
+        return None
+    wanted, taken = val_fraction * source.characters, []
+    for i in found:
+        if source.sizes[i] / 2 <= wanted:
+            taken.append(i)
+            wanted -= source.sizes[i]
+    taken = taken or [found[np.argmin(source.sizes[found])]]  # all of them are too large: the smallest
+    chosen = np.zeros(HASHES, bool)
+    chosen[taken[: len(found) - 1]] = True  # something must be left to train on
+    return chosen
+
+
 def split(source: Source, val_fraction: float) -> Iterator[tuple[str, bool, str]]:
-    """("train" or "val", whether the piece ends its document, the piece). The last val_fraction becomes validation: of
-    a single document its last characters, as in nanoGPT; of several, those that begin in that part, and at least the
-    last one."""
+    """("train" or "val", whether the piece ends its document, the piece). Of many documents, validation are those that
+    held_out() says; of several, those that begin in the last val_fraction of the text, and at least the last one; of a
+    single one its last characters, as in nanoGPT. UserError if the input is not what scan() has counted."""
+    chosen = held_out(source, val_fraction)
     train_characters = int(source.characters * (1 - val_fraction))
     seen, documents, part = 0, 0, "train"
-    for text, ends in read_pieces(source.files):
+    for text, document, ends in read_pieces(source.files):
         if source.documents == 1:
             cut = max(0, train_characters - seen)
             if text[:cut]:
@@ -236,11 +290,15 @@ def split(source: Source, val_fraction: float) -> Iterator[tuple[str, bool, str]
             if text[cut:]:
                 yield "val", ends, text[cut:]
         else:
+            if chosen is not None:
+                part = "val" if chosen[document] else "train"
             yield part, ends, text
         seen += len(text)
         documents += ends
         if ends and (seen >= train_characters or documents == source.documents - 1):
             part = "val"
+    if (seen, documents) != (source.characters, source.documents):
+        raise UserError(f"{source.files[0]}, or a file beside it, changed while it was read. Run this again.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,28 +318,46 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    thread = threading.Thread(target=tokenizer.train_from_iterator, args=(texts, trainer), daemon=True)
+    thread.start()  # the library does not look for Ctrl-C; join() does
+    thread.join()
     return tokenizer
 
 
 def trained_tokenizer(source: Source, vocab_size: int, val_fraction: float) -> tuple[Tokenizer, str, bytes]:
     """A tokenizer trained on the training part; returns the same three things as find_tokenizer()."""
-    print(f"training a tokenizer of {vocab_size:,} tokens on the training part ...")
+    say(f"training a tokenizer of {vocab_size:,} tokens on the training part ...")
     tokenizer = train_bpe(tokenizer_sample(source, val_fraction), vocab_size)
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
-        print(f"the text has pairs for {size:,} tokens only; that is the vocabulary now")
+        say(f"the text has pairs for {size:,} tokens only; that is the vocabulary now")
     return tokenizer, END, tokenizer.to_str(pretty=True).encode()
 
 
-def tokenizer_sample(source: Source, val_fraction: float) -> Iterator[str]:
-    """The training text, or pieces spread evenly over it where it is larger than TOKENIZER_BYTES."""
-    keep, credit = min(1.0, TOKENIZER_BYTES / source.bytes), 0.0
+def tokenizer_sample(source: Source, val_fraction: float) -> list[str]:
+    """The training text in parts of up to 1,000 characters. Where it is larger than TOKENIZER_BYTES, or has more than
+    DISTINCT_BYTES of different words, parts spread evenly over it."""
+    keep, credit, sample = min(1.0, TOKENIZER_BYTES / source.bytes), 0.0, []
     for part, _, text in split(source, val_fraction):
         credit += keep
         if part == "train" and credit >= 1.0:
             credit -= 1.0
-            yield text
+            sample += STRETCHES.findall(text)
+    while many_words(sample):
+        del sample[1::2]
+    return sample
+
+
+def many_words(sample: list[str]) -> bool:
+    """Whether the different words of the sample have more than DISTINCT_BYTES together."""
+    seen, size = set(), 0
+    for text in sample:
+        new = set(WORD.findall(text)) - seen
+        size += sum(len(word.encode()) for word in new)
+        if size > DISTINCT_BYTES:
+            return True
+        seen |= new
+    return False
 
 
 def find_tokenizer(name: str) -> tuple[Tokenizer, str, bytes]:
@@ -303,18 +379,16 @@ def find_tokenizer(name: str) -> tuple[Tokenizer, str, bytes]:
                 f"--tokenizer={name}: not a file or directory here, and not to be had from huggingface.co "
                 f"({type(error).__name__}). Expected bpe, a tokenizer.json, a directory or hub id with one, or gpt2."
             ) from None
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{file} is not a tokenizer that the tokenizers library can read ({error}).") from None
-    end = END
+    tokenizer = load_tokenizer(file)
+    size, end = tokenizer.get_vocab_size(), END
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= size:
+        raise UserError(f"{file} has {size:,} tokens, but ids up to {last:,}.")
     if tokenizer.token_to_id(END) is None:
         settings = file.with_name("tokenizer_config.json")
         end = read_json(settings).get("eos_token") if settings.is_file() else None
         end = end.get("content") if isinstance(end, dict) else end
-        if end is None or tokenizer.token_to_id(end) is None:
+        if not isinstance(end, str) or tokenizer.token_to_id(end) is None:
             raise UserError(f"{file} has no {END} and no eos_token: nothing to put between documents.")
-    size = tokenizer.get_vocab_size()
     if size > MAX_VOCAB_SIZE:
         raise UserError(f"--tokenizer={name} has {size:,} tokens; a uint16 token file holds {MAX_VOCAB_SIZE:,}.")
     return tokenizer, end, file.read_bytes()
@@ -350,6 +424,8 @@ def fast_encoder(tokenizer: Tokenizer) -> Encoder | None:
     letters = byte_letters()
     special = {token["content"] for token in spec["added_tokens"]}
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
+    if not all(letters.keys() >= set(token) for token in vocab):
+        return None
     ranks = {bytes(letters[c] for c in token): i for token, i in vocab.items()}
     size = max(ranks.values()) + 1
     # SmolLM2's vocabulary lacks 21 bytes. `tokenizers` drops them from the text; tiktoken needs an id for every byte,
@@ -375,16 +451,17 @@ def make_encoder(tokenizer: Tokenizer, sample: str) -> Encoder:
 
     fast = fast_encoder(tokenizer)
     if fast is None:
-        print("this tokenizer is not a GPT-2 style byte-level BPE: encoding with the tokenizers library, slower")
+        say("this tokenizer is not a GPT-2 style byte-level BPE: encoding with the tokenizers library, slower")
         return plain
     if not all(np.array_equal(fast(text), plain(text)) for text in (HARD_TEXT, sample[:20000])):
-        print("tiktoken disagrees with the tokenizers library on this tokenizer: encoding with the latter, slower")
+        say("tiktoken disagrees with the tokenizers library on this tokenizer: encoding with the latter, slower")
         return plain
     return fast
 
 
-def encode_all(encode: Encoder, pieces: Iterable[tuple], threads: int = 4) -> Iterator[tuple]:
-    """(*tags, text) in, (*tags, text, ids) out, in order, encoded on a few threads with a bounded number in flight."""
+def encode_all(encode: Encoder, pieces: Iterable[tuple]) -> Iterator[tuple]:
+    """(*tags, text) in, (*tags, text, ids) out, in order, encoded on every core with a bounded number in flight."""
+    threads = min(16, os.cpu_count() or 1)  # more would wait for the one that reads and writes
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         for piece in pieces:
@@ -400,52 +477,25 @@ def encode_all(encode: Encoder, pieces: Iterable[tuple], threads: int = 4) -> It
 # the data folder
 
 
-def check_settings(s: Settings):
-    """UserError where a setting is out of its range."""
-    if not 0 < s.val_fraction < 1:
-        raise UserError(f"--val_fraction={s.val_fraction}: expected a fraction between 0 and 1 such as 0.1.")
-    smallest = 256 + len(SPECIAL)
-    if s.tokenizer == "bpe" and not smallest <= s.vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(
-            f"--vocab_size={s.vocab_size}: expected {smallest} (the bytes and the special tokens) to {MAX_VOCAB_SIZE} "
-            "(what a uint16 token file holds)."
-        )
-    if Path(s.dataset).name != s.dataset or s.dataset in ("", ".", ".."):
-        raise UserError(f"--dataset={s.dataset}: expected a plain name; the result goes to data/NAME/.")
-
-
 def prepare(s: Settings) -> dict:
     """Make data/DATASET from the settings; returns what its meta.json holds. An earlier data set of that name stays
     until all of the new one is written. UserError says what cannot be prepared."""
-    check_settings(s)
-    files = find_input(s)
-    source = scan(files)
-    folder = DATA / s.dataset
-    with exclusive(folder, "being prepared"):
-        if s.tokenizer == "bpe":
-            tokenizer, end, tokenizer_json = trained_tokenizer(source, s.vocab_size, s.val_fraction)
-        else:
-            tokenizer, end, tokenizer_json = find_tokenizer(s.tokenizer)
-        with (  # left in reverse order: meta.json, which describes the others, gets its name last
-            atomic(folder / "meta.json") as meta_file,
-            atomic(folder / "tokenizer.json") as tokenizer_file,
-            atomic(folder / "val.bin") as val_file,
-            atomic(folder / "train.bin") as train_file,
-        ):
-            counts = write_bins(s, source, tokenizer, end, train_file, val_file)
-            tokenizer_file.write_bytes(tokenizer_json)
-            meta = dict(
-                vocab_size=tokenizer.get_vocab_size(), eos_token_id=tokenizer.token_to_id(end), eos_token=end,
-                tokenizer=s.tokenizer, vocab_size_asked=s.vocab_size,
-                tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
-                **counts, documents=source.documents, source=s.input if len(files) > 1 else files[0].name,
-                source_bytes=sum(file.stat().st_size for file in files), source_sha256=source.sha256,
-            )  # fmt: skip
-            meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            (folder / "meta.json").unlink(missing_ok=True)  # until the last rename the folder counts as unprepared
+    check(Settings, **asdict(s))
+    if Path(s.dataset).name != s.dataset or s.dataset in ("", ".", ".."):
+        raise UserError(f"--dataset={s.dataset}: expected a plain name; the result goes to data/NAME/.")
+    found = find_tokenizer(s.tokenizer) if s.tokenizer != "bpe" else None
+    source = scan(find_input(s))
+    try:
+        with exclusive(DATA / s.dataset, "being prepared"):
+            meta = write_data(s, source, *(found or trained_tokenizer(source, s.vocab_size, s.val_fraction)))
+    except BrokenPipeError:  # of what is printed
+        raise
+    except OSError as error:  # of what is written: the reader names its files itself
+        file = error.filename2 or error.filename or DATA / s.dataset
+        raise UserError(f"{file} cannot be written ({error.strerror or error}).") from None
     train_tokens, val_tokens = meta["train_tokens"], meta["val_tokens"]
     documents = "1 document" if source.documents == 1 else f"{source.documents:,} documents"
-    print(
+    say(
         f"data/{s.dataset}: {meta['source']}, {documents}, {source.bytes:,} bytes\n"
         f"  train {train_tokens:,} tokens, val {val_tokens:,} tokens, vocabulary {meta['vocab_size']:,}, "
         f"{source.bytes / (train_tokens + val_tokens):.2f} bytes per token"
@@ -453,11 +503,40 @@ def prepare(s: Settings) -> dict:
     return meta
 
 
+def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, tokenizer_json: bytes) -> dict:
+    """The four files of data/DATASET, all or none; returns what meta.json holds."""
+    folder = DATA / s.dataset
+    with (  # left in reverse order: meta.json, which describes the others, gets its name last
+        atomic(folder / "meta.json") as meta_file,
+        atomic(folder / "tokenizer.json") as tokenizer_file,
+        atomic(folder / "val.bin") as val_file,
+        atomic(folder / "train.bin") as train_file,
+    ):
+        counts = write_bins(s, source, tokenizer, end, train_file, val_file)
+        tokenizer_file.write_bytes(tokenizer_json)
+        by_hash = held_out(source, s.val_fraction) is not None
+        meta = dict(
+            vocab_size=tokenizer.get_vocab_size(), eos_token_id=tokenizer.token_to_id(end), eos_token=end,
+            tokenizer=s.tokenizer, vocab_size_asked=s.vocab_size,
+            tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
+            **counts, documents=source.documents, input=s.input,
+            validation="documents by hash" if by_hash else "last part" if source.documents == 1 else "last documents",
+            source=s.input if len(source.files) > 1 else source.files[0].name,
+            source_bytes=source.file_bytes, source_sha256=source.sha256,
+        )  # fmt: skip
+        meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for file in (train_file, val_file, tokenizer_file, meta_file):
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())  # a full disk may say so only here, and the earlier data set is still whole
+        (folder / "meta.json").unlink(missing_ok=True)  # until the last rename the folder counts as unprepared
+    return meta
+
+
 def write_bins(s: Settings, source: Source, tokenizer: Tokenizer, end: str, train_file: Path, val_file: Path) -> dict:
     """Encode all the text into the two token files; returns the tokens and the bytes of text of each, as meta.json
     names them. UserError if the text is too short to split."""
     vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id(end)
-    encode = make_encoder(tokenizer, next(text for text, _ in read_pieces(source.files)))
+    encode = make_encoder(tokenizer, next((text for text, *_ in read_pieces(source.files)), ""))
     counts = dict(train_tokens=0, val_tokens=0, train_bytes=0, val_bytes=0)
     bar = tqdm(total=source.bytes, unit="B", unit_scale=True, desc="encoding", disable=None)
     with open(train_file, "wb") as train, open(val_file, "wb") as val, bar:
@@ -474,16 +553,34 @@ def write_bins(s: Settings, source: Source, tokenizer: Tokenizer, end: str, trai
     return counts
 
 
+META = dict(
+    vocab_size=int, eos_token_id=int, eos_token=str, tokenizer=str, vocab_size_asked=int, tokenizer_sha256=str,
+    train_tokens=int, val_tokens=int, train_bytes=int, val_bytes=int, documents=int, source=str, source_sha256=str,
+)  # fmt: skip
+
+
 def read_meta(dataset: str) -> dict:
-    """meta.json of data/DATASET. UserError if the files beside it are not the ones that it describes."""
+    """meta.json of data/DATASET. UserError if it is damaged, or the files beside it are not the ones it describes."""
     folder = DATA / dataset
     again = f"Make it again with: python prepare.py --dataset={dataset}"
-    meta = read_json(folder / "meta.json")
+    with damage_named(folder / "meta.json", again):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        wrong = [k for k, kind in META.items() if type(meta.get(k)) is not kind or kind is int and meta[k] < 0]
+        if wrong:
+            raise ValueError(f"missing or wrong: {', '.join(wrong)}")
+    asked = dict(
+        dataset=dataset, input=meta.get("input"), tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size_asked"]
+    )
+    flags = shlex.join(f"--{key}={value}" for key, value in asked.items() if value)
+    again = f"Make it again with: python prepare.py {flags}"
     for part in ("train", "val"):
         file = folder / f"{part}.bin"
         size = file.stat().st_size if file.is_file() else 0
         if size != 2 * meta[f"{part}_tokens"]:
             raise UserError(f"{file} has {size:,} bytes, meta.json says {2 * meta[f'{part}_tokens']:,}. {again}")
+        largest = np.memmap(file, "<u2", "r")[:: size // 8192 + 1].max() if size else 0  # of some thousands
+        if largest >= meta["vocab_size"]:
+            raise UserError(f"{file} holds token id {largest}, the vocabulary has {meta['vocab_size']:,}. {again}")
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file() or file_sha256(tokenizer) != meta["tokenizer_sha256"]:
         raise UserError(f"{tokenizer} is not the one that the .bin files were made with. {again}")

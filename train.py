@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+import typing
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -256,10 +257,9 @@ def loop(run: Run):
                 say(f"stopping: no better validation loss in {s.patience} evaluations, since {p.best_step:,}")
                 return
         if p.step >= s.max_iters:
-            say(
-                f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, best validation loss "
-                f"{p.best_val_loss:.4f} at step {p.best_step:,}\nsample: python sample.py --model={run.out_dir}"
-            )
+            best = f"best validation loss {p.best_val_loss:.4f} at step {p.best_step:,}"
+            say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, {best}")
+            say(f"sample: python sample.py --model={shlex.quote(s.out_dir)}")
             return
         if s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
             save(run, "stable.pt")  # a run that is prolonged goes on from here
@@ -531,6 +531,8 @@ def make_model(s: Settings, meta: dict, folder: Path, state: dict | None) -> tup
                 f"{folder} was made with another tokenizer than {s.init_from} has. Use another --dataset, or make it "
                 f"again: python prepare.py --dataset={folder.name} --tokenizer={s.init_from} (and --input)"
             )
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            raise UserError(f"{s.init_from} holds weights that are not finite.")
         if meta["eos_token_id"] not in model.config.eos_ids:  # an -Instruct model ends a turn, our documents end too
             model.config.eos_token_id = [*sorted(model.config.eos_ids), meta["eos_token_id"]]
     limit = model.config.max_position_embeddings
@@ -710,9 +712,13 @@ def resume(s: Settings, facts: dict, file: Path) -> tuple[Path, dict, Progress, 
 
 def read_progress(state: dict, file: Path) -> Progress:
     with damage_named(file, checkpoint.way_out_of(file)):
-        p = Progress(**state["progress"])
-        if not all(isinstance(value, int | float | None) for value in asdict(p).values()) or p.step < 0:
-            raise ValueError("its progress is not made of numbers")
+        p = Progress(**{"sampled": -1} | state["progress"])  # the first version of train.py did not keep that one
+        for f in fields(Progress):
+            kinds = set(typing.get_args(f.type) or (f.type,))
+            if f.name not in state["progress"].keys() | {"sampled"} or type(getattr(p, f.name)) not in kinds:
+                raise ValueError(f"{f.name} is missing, or no number of its kind")
+        if not 0 <= p.step <= state["settings"]["max_iters"]:
+            raise ValueError(f"step {p.step} of a run of {state['settings']['max_iters']} steps")
     return p
 
 

@@ -171,7 +171,7 @@ def read_recipe(path: str, problems: list[str]) -> dict:
         return {}
     try:
         found = runpy.run_path(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problems.append(f"{path}: {type(error).__name__}: {error}")
         return {}
     return {k: v for k, v in found.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
