@@ -329,9 +329,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(out_dir: Path, tokenizer_json: Path, eos_token: str, context: int, source: Path | None = None):
+def save_tokenizer(
+    out_dir: Path, tokenizer_json: Path, eos_token: str, context: int, source: Path | None = None,
+    template: Path | None = None,
+):  # fmt: skip
     """tokenizer.json as it is, and a tokenizer_config.json. source: the model directory fine-tuned from, whose
-    settings and chat template are kept."""
+    settings and chat template are kept; template: a chat template that takes the place of its own."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with atomic(out_dir / "tokenizer.json") as temporary:
         shutil.copyfile(tokenizer_json, temporary)
@@ -341,8 +344,9 @@ def save_tokenizer(out_dir: Path, tokenizer_json: Path, eos_token: str, context:
         theirs = read_json(source / "tokenizer_config.json")
         settings = theirs | {"tokenizer_class": settings["tokenizer_class"]}
     write_json(out_dir / "tokenizer_config.json", settings)
-    if source and (source / "chat_template.jinja").is_file():
-        shutil.copyfile(source / "chat_template.jinja", out_dir / "chat_template.jinja")
+    template = template or (source and source / "chat_template.jinja")
+    if template and template.is_file():
+        shutil.copyfile(template, out_dir / "chat_template.jinja")
 
 
 def tokenizer_config(eos_token: str, context: int) -> dict:

@@ -5,7 +5,8 @@ What prepare.py made, as rows of tokens: the rows of a training step, and the ro
     inputs, targets = rows.batch(range(0, 16), "cpu")       # (B, T) int64 each: rows 0 to 15 of the run
 
 Row i of a run is a pure function of (seed, i). So the order of the data needs no saved state, survives a resume
-exactly, and does not depend on the number of processes or on the micro-batch.
+exactly, and does not depend on the number of processes or on the micro-batch. Conversations() does the same for those,
+one a row.
 
 Shapes: B batch, T time (block_size), N rows.
 """
@@ -83,11 +84,108 @@ class Rows:
                 inputs[i, hit] = random.integers(self.vocab_size, size=hit.sum())
         return to_device(torch.from_numpy(inputs), device), to_device(torch.from_numpy(data[:, 1:]), device)
 
+    def weight(self, rows: range) -> int:
+        """What these rows weigh in the loss of a step, which is a mean over tokens."""
+        return len(rows)
 
-def validation_rows(file, tokens: int, block_size: int, limit: int) -> torch.Tensor:
-    """All of the validation split as rows (N, T + 1), the last one filled up with -100, which no loss counts; if there
-    are more than `limit`, that many of them at even distances. Always the same rows in the same order, and no others
-    are read."""
+    def size(self, rows: range) -> int:
+        """Tokens that the model reads of them."""
+        return len(rows) * self.T
+
+
+class Conversations:
+    """Conversations by row number, one a row. Only what is to be learnt is a target; the rest of a row, and what fills
+    it up to the longest of the batch, is -100. Conversations in rows of their own cannot see each other.
+
+    The rows of a step (`group` of them) stand in the order of their length, so that those of a micro-batch are about as
+    long and little is filled up. A conversation longer than a row is cut at its end; one with nothing to learn before
+    the cut is left out.
+    """
+
+    def __init__(self, file, block_size: int, seed: int, group: int):
+        mask = np.fromfile(Path(file).with_suffix(".mask.bin"), np.uint8)
+        begins = np.flatnonzero(mask == 2)
+        lengths = np.diff([*begins, len(mask)])
+        before = np.concatenate(([0], np.cumsum(mask == 1)))  # learnt tokens before each
+        learnt = before[begins + np.minimum(lengths, block_size + 1)] - before[begins]
+        self.cut, self.left_out = int((lengths > block_size + 1).sum()), int((learnt == 0).sum())
+        self.begins, self.lengths, self.learnt = (x[learnt > 0] for x in (begins, lengths, learnt))
+        self.lengths = np.minimum(self.lengths, block_size + 1)
+        if len(self.begins) == 0:
+            raise UserError(f"{file}: no conversation has an answer within --block_size={block_size} tokens.")
+        self.ids, self.mask = open(file, "rb"), mask
+        self.T, self.seed, self.group, self.per_epoch = block_size, seed, group, len(self.begins)
+        self.epoch, self.order, self.step, self.sorted = -1, None, -1, None
+
+    def number(self, row: int) -> int:
+        """The conversation that row `row` of the run holds."""
+        if row // self.group != self.step:
+            self.step = row // self.group
+            chosen = [self.in_order(i) for i in range(self.step * self.group, (self.step + 1) * self.group)]
+            self.sorted = sorted(chosen, key=lambda n: self.lengths[n])
+        return self.sorted[row % self.group]
+
+    def in_order(self, row: int) -> int:
+        epoch, i = divmod(row, self.per_epoch)
+        if epoch != self.epoch:
+            self.order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.per_epoch)
+            self.epoch = epoch
+        return int(self.order[i])
+
+    def read(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of conversation n."""
+        begin, length = int(self.begins[n]), int(self.lengths[n])
+        self.ids.seek(2 * begin)
+        ids = np.frombuffer(self.ids.read(2 * length), dtype="<u2").astype(np.int64)
+        return ids, self.mask[begin : begin + length]
+
+    def filled(self, numbers, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of these conversations, (N, width) int64 each."""
+        inputs, targets = np.zeros((len(numbers), width), np.int64), np.full((len(numbers), width), -100)
+        for row, n in enumerate(numbers):
+            ids, mask = self.read(n)
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            targets[row, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], -100)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def batch(self, rows: range, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of these rows, (B, longest of them, rounded up to 32) int64 each."""
+        numbers = [self.number(row) for row in rows]
+        longest = max(int(self.lengths[n]) for n in numbers) - 1
+        inputs, targets = self.filled(numbers, min(self.T, 32 * math.ceil(longest / 32)))
+        return to_device(inputs, device), to_device(targets, device)
+
+    def weight(self, rows: range) -> int:
+        return sum(int(self.learnt[self.number(row)]) for row in rows)
+
+    def size(self, rows: range) -> int:
+        return sum(int(self.lengths[self.number(row)]) - 1 for row in rows)
+
+    def describe(self, micro: int) -> str:
+        """How many there are, what was cut, and how much of what is computed in micro-batches of `micro` fills up."""
+        rows = range(0, self.per_epoch // micro * micro)
+        longest = [max(int(self.lengths[self.number(r)]) - 1 for r in rows[a : a + micro]) for a in rows[::micro]]
+        filled = 1 - self.size(rows) / max(1, micro * sum(longest))
+        return (
+            f"{self.per_epoch:,}; {self.cut:,} of them cut at {self.T} tokens; {self.left_out:,} left out, with nothing "
+            f"to learn before that; {filled:.0%} of what is computed fills rows up"
+        )
+
+
+def validation_conversations(file, block_size: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (N, T) of the held-out conversations, or of `limit` of them at even distances; the shortest
+    first."""
+    held = Conversations(file, block_size, seed=0, group=1)
+    n = held.per_epoch
+    chosen = range(n) if n <= limit else np.linspace(0, n - 1, limit).round().astype(int)
+    chosen = sorted(map(int, chosen), key=lambda i: held.lengths[i])
+    return held.filled(chosen, int(held.lengths[chosen[-1]]) - 1)
+
+
+def validation_rows(file, tokens: int, block_size: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (N, T) of all of the validation split, the last row filled up with -100, which no loss counts;
+    if there are more than `limit`, of that many at even distances. Always the same rows in the same order, and no
+    others are read."""
     n = math.ceil((tokens - 1) / block_size)
     chosen = range(n) if n <= limit else np.linspace(0, n - 1, limit).round().astype(int)
     rows = np.full((len(chosen), block_size + 1), -100, dtype=np.int64)
@@ -96,7 +194,8 @@ def validation_rows(file, tokens: int, block_size: int, limit: int) -> torch.Ten
             f.seek(2 * int(i) * block_size)
             piece = np.frombuffer(f.read(2 * (block_size + 1)), dtype="<u2")
             row[: len(piece)] = piece
-    return torch.from_numpy(rows)
+    rows = torch.from_numpy(rows)
+    return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:

@@ -12,13 +12,8 @@ Needs the gguf package (pip install "gguf>=0.17,<1"). Tensors are copied from di
 fits in memory once can be exported. The file is read back and compared with the model and the tokenizer before it
 replaces an earlier one. What GGUF or llama.cpp cannot represent is refused: llama.cpp would load a file with a wrong
 value without an error, and write fluent nonsense.
-
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import json
-import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +24,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import chat
 from checkpoint import find, hf_name, load, newest_run
-from config import UserError, guard, is_text, override
+from config import UserError, guard, override
 from files import atomic, damage_named, read_json
+from ggml import (
+    CONTROL,
+    NORMAL,
+    PERMUTED,
+    PRE_TOKENIZERS,
+    UNUSED,
+    USER_DEFINED,
+    ggml_name,
+    need_gguf,
+    permute,
+    read_header,
+)
 
 
 @dataclass
@@ -43,53 +51,7 @@ class Settings:
 
 PIECE = 1 << 18  # weights converted at a time: the export takes a few times this much memory besides the model
 CHATML = ("<|im_start|>", "<|im_end|>")
-
-
-def need_gguf():
-    """The gguf package, imported here alone so that nothing else needs it. UserError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            'GGUF files are written with the gguf package. Get it with: pip install "gguf>=0.17,<1"'
-        ) from None
-    return gguf
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# how GGUF names and orders things
-
 OUTTYPES = {"q8_0": "MOSTLY_Q8_0", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}  # general.file_type
-
-GGML_NAMES = {
-    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-}  # fmt: skip
-
-# llama.cpp knows pre-tokenizers by name only. "smollm" is SmolLM2's: digits one by one, then GPT-2's split into words.
-PRE_TOKENIZERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
-
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types: ordinary, special, added but not special, no token
-
-# struct formats of the types of a field's value; two more have a length, so no format of their own
-VALUE_FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-STRING, ARRAY = 8, 9
-
-
-def ggml_name(name: str) -> str:
-    """Our parameter's name in a GGUF file: layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
-    *path, module, weight = name.split(".")
-    block = f"blk.{path[1]}." if path else ""
-    return f"{block}{GGML_NAMES[module]}.{weight}"
-
-
-def permute(weight, head_dim: int):  # (heads * D, C) -> (heads * D, C)
-    """Rows of q_proj or k_proj from Hugging Face's order to ggml's. RoPE rotates pairs of dimensions: here dimension i
-    with i + D/2, in ggml 2i with 2i + 1. llama.cpp would load the file without this, warn of nothing, and write
-    nonsense."""
-    return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,7 +62,7 @@ def tensors_of(model) -> Iterator[tuple[str, torch.Tensor]]:
     """(GGUF name, tensor) of every parameter. A tied head is no parameter: llama.cpp ties it where it is absent."""
     for name, p in model.named_parameters():
         p = p.detach()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if name.endswith(PERMUTED):
             p = permute(p, model.config.head_dim)
         yield ggml_name(name), p
 
@@ -185,21 +147,6 @@ def read_vocabulary(file: Path, tokenizer, vocab_size: int) -> dict:
     return dict(pre=name, tokens=tokens, types=types, merges=merges)
 
 
-def read_chat_template(path: Path) -> str | None:
-    """The Jinja chat template of a model directory, from either of the two places; None for a base model."""
-    files = path / "chat_template.jinja", path / "tokenizer_config.json"
-    file = next((file for file in files if file.exists()), None)
-    if file is None:
-        return None
-    with damage_named(file):
-        template = read_json(file).get("chat_template") if file.suffix == ".json" else file.read_text(encoding="utf-8")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template is not None and not (isinstance(template, str) and is_text(template)):
-            raise ValueError("chat_template is no text")
-        return template
-
-
 def end_tokens(config, source: Path) -> list[int]:
     """eos_token_id as a list of one or two ids, first the one that ends a document. GGUF has a place for two."""
     eos = config.eos_token_id
@@ -273,6 +220,8 @@ def add_fields(w, config, vocabulary: dict, template: str | None, ends: list[int
         w.add_eot_token_id(ends[1])
     # never put before a text, but llama.cpp would take token 11 for it where the field is missing
     w.add_bos_token_id(config.bos_token_id if config.bos_token_id in range(config.vocab_size) else ends[0])
+    if config.pad_token_id in range(config.vocab_size):
+        w.add_pad_token_id(config.pad_token_id)
     w.add_add_bos_token(False)  # SmolLM2 was trained without one
     w.add_add_eos_token(False)
     if template:
@@ -285,41 +234,12 @@ def must(condition: bool, otherwise: str):
         raise AssertionError(otherwise)
 
 
-def read_back(file: Path) -> tuple[dict, dict]:
-    """Fields and tensors of a GGUF file: key -> value, name -> (shape as torch has it, ggml type, byte offset).
-
-    The gguf package's own reader takes a hundred times the memory of a vocabulary.
-    """
-    with open(file, "rb") as f:
-
-        def number(format):
-            return struct.unpack(format, f.read(struct.calcsize(format)))[0]
-
-        def value(kind):
-            if kind == STRING:
-                return f.read(number("<Q")).decode()
-            if kind == ARRAY:
-                kind, length = number("<I"), number("<Q")
-                return [value(kind) for _ in range(length)]
-            return number(VALUE_FORMATS[kind])
-
-        must(f.read(4) == b"GGUF" and number("<I") == 3, "not a GGUF file of version 3")
-        n_tensors, n_fields = number("<Q"), number("<Q")
-        fields = {value(STRING): value(number("<I")) for _ in range(n_fields)}
-        tensors = {}
-        for _ in range(n_tensors):
-            name, dimensions = value(STRING), number("<I")
-            tensors[name] = [number("<Q") for _ in range(dimensions)][::-1], number("<I"), number("<Q")
-        start = f.tell() + -f.tell() % 32  # the tensors begin at a multiple of 32
-    return fields, {name: (shape, kind, start + offset) for name, (shape, kind, offset) in tensors.items()}
-
-
 def check(file: Path, model, tokenizer, vocabulary: dict, outtype: str):
     """Read `file` back and compare it with the model and the tokenizer it was made from. AssertionError: a bug of ours.
 
     The tokens come from the tokenizer rather than from its file, so that a mistake in reading the file shows.
     """
-    fields, stored = read_back(file)
+    fields, stored = read_header(file)
     check_tensors(file, stored, model, outtype)
     vocab_size = model.config.vocab_size
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
@@ -353,7 +273,7 @@ def check_tensors(file: Path, stored: dict, model, outtype: str):
             shape, kind, offset = stored[ggml_name(name)]
             kind, p = gguf.GGMLQuantizationType(kind), p.detach()
             must(shape == list(p.shape), f"{ggml_name(name)} has shape {shape}")
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if name.endswith(PERMUTED):
                 row = torch.arange(p.size(0))
                 head, i = row // D, row % D
                 p = p[head * D + i // 2 + (i % 2) * (D // 2)]
@@ -378,43 +298,6 @@ def check_tensors(file: Path, stored: dict, model, outtype: str):
 # the Modelfile
 
 
-TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 29  # what rendering a template may take
-RENDER = """
-import json, sys
-template, values, seconds, size = json.load(sys.stdin)
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-except (ImportError, ValueError, OSError):  # Windows has no such limits, and macOS not the second
-    pass
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])  # as in transformers
-text = ImmutableSandboxedEnvironment(**options).from_string(template).render(values)
-if len(text) > 1_000_000:
-    raise OverflowError("more than a million characters")
-json.dump(text, sys.stdout)
-"""
-
-
-def render_template(template: str, **values) -> str:
-    """The text that a Jinja template writes with these values, which are what JSON can hold. UserError where it fails.
-
-    A template comes with a model, from anyone. Jinja's sandbox keeps it from the machine, but not from looping for ever
-    or filling the memory, so it is rendered in a process of its own, whose time and memory are bounded.
-    """
-    options = dict(capture_output=True, text=True, timeout=TEMPLATE_SECONDS)
-    given = json.dumps([template, values, TEMPLATE_SECONDS, TEMPLATE_BYTES])
-    try:
-        done = subprocess.run([sys.executable, "-P", "-c", RENDER], input=given, **options)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"the chat template was not rendered within {TEMPLATE_SECONDS} seconds.") from None
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it was ended with exit code {done.returncode}"])[-1][:200]
-        raise UserError(f"the chat template cannot be rendered ({reason}).")
-    return json.loads(done.stdout)
-
-
 def chatml_system(template: str) -> str | None:
     """The system message that a ChatML template adds by itself ("" for none); None if the template is not ChatML.
 
@@ -426,7 +309,7 @@ def chatml_system(template: str) -> str | None:
     body = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
     values = dict(messages=messages, add_generation_prompt=True, bos_token="", eos_token="<|im_end|>")
     try:
-        text = render_template(template, **values)
+        text = chat.render(template, [values])[0]
     except UserError:
         return None
     head, found, tail = text.partition(body)
@@ -484,7 +367,7 @@ def export(path, outtype: str = "q8_0", out_dir="") -> Path:
     model, tokenizer = load(source, copy=False)
     with damage_named(source / "tokenizer.json"):
         vocabulary = read_vocabulary(source / "tokenizer.json", tokenizer, model.config.vocab_size)
-    template = read_chat_template(source)
+    template = chat.read_chat_template(source)
     ends = end_tokens(model.config, source)
     check_representable(model, outtype, source)
     file = folder / f"{name}-{outtype}.gguf"

@@ -5,15 +5,18 @@ Text to tokens: data/NAME/tokenizer.json, train.bin, val.bin and meta.json, from
     python prepare.py --input=notes.txt --dataset=notes                 # a file, a folder, or a glob in quotes
     python prepare.py --input="blog/**/*.md" --dataset=blog --vocab_size=8000
     python prepare.py --input=posts.jsonl --dataset=posts --tokenizer=HuggingFaceTB/SmolLM2-135M    # to fine-tune it
+    python prepare.py --input=talks.jsonl --dataset=talks --tokenizer=out/SmolLM2-135M-Instruct --show=3    # to chat
     python prepare.py config/tiny_shakespeare.py                        # what train.py does by itself for a recipe
 
-A .jsonl file holds a document per line, in its "text" field; any other file is one document of UTF-8 text. A tenth of
+A .jsonl file holds a document per line, in its "text" field, or a conversation per line, in "messages" (chat.py says
+what else it takes); any other file is one document of UTF-8 text. A tenth of
 the text becomes validation, and the tokenizer is trained on the rest alone. Of ten different documents or more, a hash
 of the text chooses which: evenly over the corpus, copies of a document together, the same ones in every run. Of fewer
 it is the last ones, of one its last part. Each document ends with <|endoftext|>. Texts are read in pieces, so they may
 be larger than memory.
 
-The .bin files are little-endian uint16 token ids without a header, as in nanoGPT.
+The .bin files are little-endian uint16 token ids without a header, as in nanoGPT. Conversations have train.mask.bin and
+val.mask.bin beside them, a byte for each token: 1 where it is to be learnt, 2 where a conversation begins, else 0.
 """
 
 import codecs
@@ -28,6 +31,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +41,7 @@ import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from config import UserError, Within, check, guard, override, say
+from config import UserError, Whole, Within, check, guard, override, say
 from files import atomic, damage_named, exclusive, file_sha256, load_tokenizer, read_json
 
 MAX_VOCAB_SIZE = 65536  # what uint16 can number
@@ -53,6 +57,7 @@ class Settings:
     # the smallest vocabulary is the bytes and the special tokens, the largest what uint16 holds
     vocab_size: Annotated[int, Within(256 + len(SPECIAL), MAX_VOCAB_SIZE)] = 5000  # of a trained tokenizer; to 65536
     val_fraction: Annotated[float, Within(above=0, below=1)] = 0.1  # how much of the text is kept for validation
+    show: Whole = 0  # print so many conversations of the training part, what is learnt of them in green
 
 
 DATA = Path("data")
@@ -130,15 +135,32 @@ def shakespeare() -> Path:
     return path
 
 
-def read_pieces(files: list[Path], sha256=None) -> Iterator[tuple[str, int, bool]]:
-    """(piece, the hash of its document, whether it ends its document) for all the text. UserError names what cannot be
-    read. `sha256`, if given, is updated with the files' bytes."""
-    for file in files:
-        if file.suffix.lower() == ".jsonl":
-            for text in read_jsonl(file, sha256):
-                yield from in_pieces(text[i : i + PIECE] for i in range(0, len(text), PIECE))
-        else:
+@dataclass
+class Source:
+    """What scan() counts: enough to split the input without holding it in memory."""
+
+    files: list[Path]
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0  # of text: without byte order marks and without the JSON around it
+    sha256: str = ""  # of all the files' bytes
+    file_bytes: int = 0
+    chat: bool = False  # whether the documents are conversations
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(HASHES, np.int64))  # characters, by document's hash
+
+
+def read_pieces(source: Source, sha256=None) -> Iterator[tuple[str, int, bool]]:
+    """(piece, the hash of its document, whether it ends its document) for all the text; a conversation is one piece, as
+    JSON. UserError names what cannot be read. `sha256`, if given, is updated with the files' bytes."""
+    for file in source.files:
+        if file.suffix.lower() != ".jsonl":
             yield from in_pieces(read_text(file, sha256))
+            continue
+        for text in read_jsonl(file, sha256, source.chat):
+            if source.chat:
+                yield text, text_hash(text), True
+            else:
+                yield from in_pieces(text[i : i + PIECE] for i in range(0, len(text), PIECE))
 
 
 def in_pieces(blocks: Iterable[str]) -> Iterator[tuple[str, int, bool]]:
@@ -160,19 +182,37 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=2).digest(), "big")
 
 
-def read_jsonl(file: Path, sha256) -> Iterator[str]:
-    """The text of each line; blank lines and empty texts are skipped. UserError gives the number of a bad line."""
+def read_jsonl(file: Path, sha256, chat: bool) -> Iterator[str]:
+    """The text of each line, or the messages of each line as JSON; blank lines and empty texts are skipped. UserError
+    gives the number of a bad line."""
     for number, line in enumerate(read_lines(file, sha256), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
+            row = json.loads(line)
+            text = json.dumps(messages_of(row)) if chat else row["text"]
             text.encode()  # half of a surrogate pair is JSON, but not text
+        except UserError as error:
+            raise UserError(f"{file}, line {number}: {error}.") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            wanted = 'a JSON object with a "text" field of text'
+            wanted = 'a JSON object with "messages"' if chat else 'a JSON object with a "text" field of text'
             raise UserError(f"{file}, line {number}: expected {wanted}.") from None
         if text:
             yield text
+
+
+def messages_of(row) -> list[dict]:
+    """chat.messages_of(), which costs the import of torch, and only those wait for it who have conversations."""
+    import chat
+
+    return chat.messages_of(row)
+
+
+def holds_conversations(files: list[Path]) -> bool:
+    """Whether the first line of the first .jsonl file is a conversation."""
+    first = next((file for file in files if file.suffix.lower() == ".jsonl"), None)
+    line = next((line for line in read_lines(first, None) if line.strip()), "") if first else ""
+    return any(f'"{key}"' in line for key in ("messages", "conversations", "completion")) and '"text"' not in line
 
 
 def read_text(file: Path, sha256) -> Iterator[str]:
@@ -227,25 +267,12 @@ def last_cut(text: str) -> int:
     return found.end() if found else 0
 
 
-@dataclass
-class Source:
-    """What scan() counts: enough to split the input without holding it in memory."""
-
-    files: list[Path]
-    documents: int = 0
-    characters: int = 0
-    bytes: int = 0  # of text: without byte order marks and without the JSON around it
-    sha256: str = ""  # of all the files' bytes
-    file_bytes: int = 0
-    sizes: np.ndarray = field(default_factory=lambda: np.zeros(HASHES, np.int64))  # characters, by document's hash
-
-
 def scan(files: list[Path]) -> Source:
     """Read all the input once and count it. UserError if some of it cannot be read, or there is no text in it."""
-    source = Source(files, file_bytes=sum(os.path.getsize(file) for file in files))
+    source = Source(files, file_bytes=sum(os.path.getsize(file) for file in files), chat=holds_conversations(files))
     sha256 = hashlib.sha256()
     with tqdm(total=source.file_bytes, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        for text, document, ends in read_pieces(files, sha256):
+        for text, document, ends in read_pieces(source, sha256):
             size = len(text.encode())
             source.bytes += size
             source.characters += len(text)
@@ -282,7 +309,7 @@ def split(source: Source, val_fraction: float) -> Iterator[tuple[str, bool, str]
     chosen = held_out(source, val_fraction)
     train_characters = int(source.characters * (1 - val_fraction))
     seen, documents, part = 0, 0, "train"
-    for text, document, ends in read_pieces(source.files):
+    for text, document, ends in read_pieces(source):
         if source.documents == 1:
             cut = max(0, train_characters - seen)
             if text[:cut]:
@@ -342,7 +369,8 @@ def tokenizer_sample(source: Source, val_fraction: float) -> list[str]:
         credit += keep
         if part == "train" and credit >= 1.0:
             credit -= 1.0
-            sample += STRETCHES.findall(text)
+            texts = [message["content"] for message in json.loads(text)] if source.chat else [text]
+            sample += [part for text in texts for part in STRETCHES.findall(text)]
     while many_words(sample):
         del sample[1::2]
     return sample
@@ -494,26 +522,32 @@ def prepare(s: Settings) -> dict:
         file = error.filename2 or error.filename or DATA / s.dataset
         raise UserError(f"{file} cannot be written ({error.strerror or error}).") from None
     train_tokens, val_tokens = meta["train_tokens"], meta["val_tokens"]
-    documents = "1 document" if source.documents == 1 else f"{source.documents:,} documents"
+    kind = "conversation" if source.chat else "document"
+    documents = f"1 {kind}" if source.documents == 1 else f"{source.documents:,} {kind}s"
     say(
         f"data/{s.dataset}: {meta['source']}, {documents}, {source.bytes:,} bytes\n"
         f"  train {train_tokens:,} tokens, val {val_tokens:,} tokens, vocabulary {meta['vocab_size']:,}, "
         f"{source.bytes / (train_tokens + val_tokens):.2f} bytes per token"
     )
+    if source.chat:
+        learnt = f"  to be learnt: {meta['train_learnt']:,} of the train and {meta['val_learnt']:,} of the val tokens"
+        say(f"{learnt}; an answer ends with {meta['eos_token']}")
+        show_conversations(DATA / s.dataset, s.show)
     return meta
 
 
 def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, tokenizer_json: bytes) -> dict:
-    """The four files of data/DATASET, all or none; returns what meta.json holds."""
+    """The files of data/DATASET, all or none; returns what meta.json holds."""
     folder = DATA / s.dataset
-    with (  # left in reverse order: meta.json, which describes the others, gets its name last
-        atomic(folder / "meta.json") as meta_file,
-        atomic(folder / "tokenizer.json") as tokenizer_file,
-        atomic(folder / "val.bin") as val_file,
-        atomic(folder / "train.bin") as train_file,
-    ):
-        counts = write_bins(s, source, tokenizer, end, train_file, val_file)
-        tokenizer_file.write_bytes(tokenizer_json)
+    names = ["meta.json", "tokenizer.json", "val.bin", "train.bin"]
+    names += ["chat_template.jinja", "val.mask.bin", "train.mask.bin"] if source.chat else []
+    with ExitStack() as stack:  # left in reverse order: meta.json, which describes the others, gets its name last
+        files = {name: stack.enter_context(atomic(folder / name)) for name in names}
+        if source.chat:
+            counts, end = write_conversations(s, source, tokenizer, files)
+        else:
+            counts = write_bins(s, source, tokenizer, end, files["train.bin"], files["val.bin"])
+        files["tokenizer.json"].write_bytes(tokenizer_json)
         by_hash = held_out(source, s.val_fraction) is not None
         meta = dict(
             vocab_size=tokenizer.get_vocab_size(), eos_token_id=tokenizer.token_to_id(end), eos_token=end,
@@ -524,8 +558,8 @@ def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, toke
             source=s.input if len(source.files) > 1 else source.files[0].name,
             source_bytes=source.file_bytes, source_sha256=source.sha256,
         )  # fmt: skip
-        meta_file.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        for file in (train_file, val_file, tokenizer_file, meta_file):
+        files["meta.json"].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for file in files.values():
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())  # a full disk may say so only here, and the earlier data set is still whole
         (folder / "meta.json").unlink(missing_ok=True)  # until the last rename the folder counts as unprepared
@@ -536,7 +570,7 @@ def write_bins(s: Settings, source: Source, tokenizer: Tokenizer, end: str, trai
     """Encode all the text into the two token files; returns the tokens and the bytes of text of each, as meta.json
     names them. UserError if the text is too short to split."""
     vocab_size, eos = tokenizer.get_vocab_size(), tokenizer.token_to_id(end)
-    encode = make_encoder(tokenizer, next((text for text, *_ in read_pieces(source.files)), ""))
+    encode = make_encoder(tokenizer, next((text for text, *_ in read_pieces(source)), ""))
     counts = dict(train_tokens=0, val_tokens=0, train_bytes=0, val_bytes=0)
     bar = tqdm(total=source.bytes, unit="B", unit_scale=True, desc="encoding", disable=None)
     with open(train_file, "wb") as train, open(val_file, "wb") as val, bar:
@@ -551,6 +585,65 @@ def write_bins(s: Settings, source: Source, tokenizer: Tokenizer, end: str, trai
     if min(counts["train_tokens"], counts["val_tokens"]) < 2:
         raise UserError(f"{source.files[0]}: too short to split into training and validation text.")
     return counts
+
+
+def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files: dict[str, Path]) -> tuple[dict, str]:
+    """Encode all conversations with the model's chat template, or ChatML where it has none. Returns what meta.json says
+    of them (bytes are those of the answers), and the token that ends an answer. UserError where one has nothing to
+    learn, or the template ends answers with no token of its own."""
+    from chat import template_for
+
+    tokenizer.encode_special_tokens = True
+    template = template_for(s.tokenizer, tokenizer)
+    files["chat_template.jinja"].write_text(template.text, encoding="utf-8")
+    counts = {f"{part}_{what}": 0 for part in ("train", "val") for what in ("tokens", "learnt", "bytes")}
+    waiting, end = {"train": [], "val": []}, None
+    with ExitStack() as stack:
+        out = {name: stack.enter_context(open(file, "wb")) for name, file in files.items() if name.endswith(".bin")}
+        bar = stack.enter_context(tqdm(total=source.documents, unit=" talks", desc="encoding", disable=None))
+
+        def encode(part: str):
+            nonlocal end
+            for messages, (ids, learnt) in zip(waiting[part], template.encode(waiting[part])):
+                last = next((i for i, chosen in zip(reversed(ids), reversed(learnt)) if chosen), None)
+                end = end or (tokenizer.id_to_token(last) if last in template.special.values() else None)
+                if last is None or end is None:
+                    what = "nothing to learn" if last is None else "an answer that no special token ends"
+                    raise UserError(f"{source.files[0]}: a conversation has {what}: {json.dumps(messages)[:200]}")
+                out[f"{part}.bin"].write(np.array(ids, "<u2").tobytes())
+                out[f"{part}.mask.bin"].write(bytes([2, *learnt[1:]]))
+                answers = [m["content"] for m in messages if m["role"] == "assistant"]
+                for what, more in dict(
+                    tokens=len(ids), learnt=sum(learnt), bytes=len("".join(answers).encode())
+                ).items():
+                    counts[f"{part}_{what}"] += more
+                bar.update(1)
+            waiting[part] = []
+
+        for part, _, text in split(source, s.val_fraction):
+            waiting[part].append(json.loads(text))
+            if len(waiting[part]) == 500:
+                encode(part)
+        encode("train")
+        encode("val")
+    if not (counts["train_learnt"] and counts["val_learnt"]):
+        raise UserError(f"{source.files[0]}: too few conversations to split into training and validation.")
+    return counts, end
+
+
+def show_conversations(folder: Path, count: int):
+    """Print the first conversations of the training part, token by token, what is learnt of them in green."""
+    if count == 0:
+        return
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    ids, mask = np.fromfile(folder / "train.bin", "<u2"), np.fromfile(folder / "train.mask.bin", np.uint8)
+    begins = [*np.flatnonzero(mask == 2), len(mask)]
+    for a, b in zip(begins[:count], begins[1:]):
+        edges = [a, *(np.flatnonzero(np.diff((mask[a:b] == 1).astype(int))) + a + 1), b]
+        for x, y in zip(edges, edges[1:]):
+            text = tokenizer.decode(ids[x:y].tolist(), skip_special_tokens=False)
+            say(f"\033[32m{text}\033[0m" if mask[x] == 1 else text, end="")
+        say("")
 
 
 META = dict(
@@ -581,6 +674,9 @@ def read_meta(dataset: str) -> dict:
         largest = np.memmap(file, "<u2", "r")[:: size // 8192 + 1].max() if size else 0  # of some thousands
         if largest >= meta["vocab_size"]:
             raise UserError(f"{file} holds token id {largest}, the vocabulary has {meta['vocab_size']:,}. {again}")
+        mask = file.with_suffix(".mask.bin")
+        if f"{part}_learnt" in meta and (not mask.is_file() or 2 * mask.stat().st_size != size):
+            raise UserError(f"{mask} has not a byte for each token of {file}. {again}")
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file() or file_sha256(tokenizer) != meta["tokenizer_sha256"]:
         raise UserError(f"{tokenizer} is not the one that the .bin files were made with. {again}")

@@ -130,12 +130,15 @@ def generate(
     model, prompt_ids, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int | None = None,
     top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
     seed: int | None = None, stop_ids=None, with_logits: bool = False, use_c: bool = True,
+    cache: KVCache | None = None, cached: int = 0,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     """Yield the next token ids, (B,) int64 on the model's device, one tensor a step; with_logits: (ids, logits (B, V)).
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
     use_c: one row on a CPU goes through decode.c once the prompt is read, same logits but for rounding; False never.
+    cache, cached: a cache that holds the first `cached` of the prompt's ids already, as a conversation's does; what is
+    read goes there. By default a new one.
     stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has
     ended yields it again until the other rows have ended too.
 
@@ -161,11 +164,12 @@ def generate(
     generator.manual_seed(seed) if seed is not None else generator.seed()
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
-    cache = KVCache(model.config, len(ids), model.device, model.dtype)
+    cached = min(cached, ids.size(1) - 1) if ids.size(1) <= context else 0  # one is left to read, for its logits
+    cache = cache or KVCache(model.config, len(ids), model.device, model.dtype)
     decoder = Decoder(model) if use_c and len(ids) == 1 and not reason_against(model) else None
 
     # read the prompt, all of it at once
-    logits = prefill(model, window, cache)
+    logits = prefill(model, window[:, cached:], cache, cached)
 
     for n in range(max_new_tokens):
         # choose the next token of each row

@@ -30,12 +30,13 @@ from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import prepare
 from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, override, say
-from dataloader import Rows, find_data, to_device, validation_rows
+from dataloader import Conversations, Rows, find_data, to_device, validation_conversations, validation_rows
 from device import (
     compile_for_training,
     join_processes,
@@ -140,9 +141,14 @@ class Run:
 
         # the data
         self.folder, self.meta = find_data(data)
-        file, tokens = self.folder / "train.bin", self.meta["train_tokens"]
-        self.rows = Rows(file, tokens, s.block_size, s.seed, s.token_noise, self.meta["vocab_size"])
-        self.val_rows = validation_rows(self.folder / "val.bin", self.meta["val_tokens"], s.block_size, s.eval_rows)
+        train, val, self.chat = self.folder / "train.bin", self.folder / "val.bin", "train_learnt" in self.meta
+        if self.chat:
+            self.rows = Conversations(train, s.block_size, s.seed, s.global_batch_size)
+            self.val_rows = validation_conversations(val, s.block_size, s.eval_rows)
+        else:
+            tokens, vocab_size = self.meta["train_tokens"], self.meta["vocab_size"]
+            self.rows = Rows(train, tokens, s.block_size, s.seed, s.token_noise, vocab_size)
+            self.val_rows = validation_rows(val, self.meta["val_tokens"], s.block_size, s.eval_rows)
         facts = "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()
         self.facts = {key: self.meta[key] for key in facts}  # what must be the same on a resume
 
@@ -183,6 +189,8 @@ class Run:
         self.compiled, self.compile_reason = pick_compile(s.compile, device, work, self.peak)
         if s.compile == "auto" and self.p.compile is not None:
             self.compiled, self.compile_reason = self.p.compile, "as when this run began"
+        if s.compile == "auto" and self.chat:
+            self.compiled, self.compile_reason = False, "conversations differ in length, and each would be compiled"
 
         # the command that continues this run
         arguments = shlex.join(sys.argv)
@@ -302,7 +310,7 @@ def loop(run: Run):
 
         # log
         if p.step % s.log_interval == 0:
-            log_step(run, loss, lr, norm, (time.perf_counter() - shown_at) / (p.step - shown_step))
+            log_step(run, loss, lr, norm, time.perf_counter() - shown_at, p.step - shown_step)
             shown_at, shown_step = time.perf_counter(), p.step
         if stopping:
             break
@@ -319,13 +327,15 @@ def micro_batches(run: Run, step: int) -> list[range]:
 
 
 def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
-    """Loss and gradients of one micro-batch, weighted by its share of this process's rows; the loss, detached."""
+    """Loss and gradients of one micro-batch, weighted by its share of the step's tokens; the loss, detached."""
     inputs, targets = run.rows.batch(batch, run.device)
     # DDP averages gradients over the processes; before each forward it must know whether to wait for more
     with nullcontext() if run.world == 1 or last else run.trained.no_sync():
         with run.autocast():
             _, loss = run.trained(inputs, targets, loss_only=True)
-        loss = loss * (len(batch) / run.rows_here)
+        first = run.p.step * run.s.global_batch_size
+        whole = run.rows.weight(range(first, first + run.s.global_batch_size))
+        loss = loss * (run.rows.weight(batch) / (whole / run.world))
         run.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -338,10 +348,11 @@ def agree(run: Run, loss: torch.Tensor) -> tuple[float, bool]:
     return float(shared[0]), bool(shared[1])
 
 
-def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float):
-    """A line on the terminal and one in log.jsonl. `seconds`: a step's, on average since the last line."""
+def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float, steps: int):
+    """A line on the terminal and one in log.jsonl. `seconds`: what the `steps` since the last line took together."""
     s, p = run.s, run.p
-    rate = run.step_tokens / seconds
+    rate = run.rows.size(range((p.step - steps) * s.global_batch_size, p.step * s.global_batch_size)) / seconds
+    seconds /= steps
     if run.peak_source == "measured":  # in a busy moment, where a step does more than that
         run.peak = max(run.peak, rate * run.model.flops_per_token(s.block_size) / run.world)
     mfu = rate * run.model.flops_per_token(s.block_size) / (run.peak * run.world) if run.peak else None
@@ -352,8 +363,8 @@ def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float):
     )
     if run.rank == 0:
         run.log.write(
-            step=p.step, tokens=p.step * run.step_tokens, loss=loss, lr=lr, grad_norm=norm, tok_per_s=round(rate, 1),
-            mfu=mfu and round(mfu, 4), seconds=round(p.seconds, 1),
+            step=p.step, loss=loss, lr=lr, grad_norm=norm, tok_per_s=round(rate, 1), mfu=mfu and round(mfu, 4),
+            seconds=round(p.seconds, 1),
         )  # fmt: skip
 
 
@@ -423,7 +434,7 @@ def evaluation(run: Run) -> bool:
     check_sound(run)
     started = time.perf_counter()
     run.model.eval()
-    loss = evaluate(run.model, run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
+    loss = evaluate(run.model, *run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
     run.model.train()
     if loss is None:
         return False
@@ -432,7 +443,7 @@ def evaluation(run: Run) -> bool:
     p.since_best = 0 if best else p.since_best + 1
     if best:
         p.best_val_loss, p.best_step = loss, p.step
-    bpb = loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+    bpb = loss / math.log(2) * meta.get("val_learnt", meta["val_tokens"]) / meta["val_bytes"]
     perplexity = math.exp(min(loss, 99))
     gap = "" if p.recent_loss is None else f" | train {p.recent_loss:.4f} | gap {loss - p.recent_loss:+.4f}"
     run.say(
@@ -457,18 +468,23 @@ def evaluation(run: Run) -> bool:
 
 
 @torch.no_grad()
-def evaluate(model, rows, batch_size, autocast, rank=0, world=1, stopping=lambda: False) -> float | None:
-    """Mean loss in nats per token over `rows`, the same number however the rows are shared out; None if stopped."""
+def evaluate(model, inputs, targets, batch_size, autocast, rank=0, world=1, stopping=lambda: False) -> float | None:
+    """Mean loss in nats per token over rows of inputs and targets (N, T), the same number however the rows are shared
+    out; None if stopped."""
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, processes that were asked to stop
-    mine = rows[rank::world]
-    for a in range(0, len(mine), batch_size):
+    all_inputs, all_targets = inputs[rank::world], targets[rank::world]
+    for a in range(0, len(all_inputs), batch_size):
         if stopping():
             break
-        batch = mine[a : a + batch_size]
-        if len(batch) < batch_size:  # one shape for all, so that a compiled model compiles once
-            batch = torch.cat((batch, torch.full((batch_size - len(batch), batch.size(1)), -100)))
-        inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
-        count = int((targets != -100).sum())
+        inputs, targets = all_inputs[a : a + batch_size], all_targets[a : a + batch_size]
+        missing = batch_size - len(inputs)
+        if missing:  # one shape for all, so that a compiled model compiles once
+            inputs, targets = F.pad(inputs, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=-100)
+        counted = targets != -100
+        count = int(counted.sum())
+        if not counted[:, -1].any():  # a batch of conversations that are shorter than others
+            width = int(counted.any(0).nonzero().max()) + 1
+            inputs, targets = inputs[:, :width], targets[:, :width]
         with autocast():
             _, loss = model(to_device(inputs, model.device), to_device(targets, model.device), loss_only=True)
         total += torch.tensor([float(loss) * count, count, 0.0], dtype=torch.float64)
@@ -493,6 +509,9 @@ def print_sample(run: Run):
     if run.rank > 0:
         return
     prompt = run.tokenizer.encode("\n", add_special_tokens=False).ids or [run.meta["eos_token_id"]]
+    if run.chat:  # the first held-out question
+        inputs, targets = (rows[0] for rows in run.val_rows)
+        prompt = inputs[: int((targets != -100).nonzero()[0]) + 1].tolist()
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
         steps = generate(run.model, prompt, max_new_tokens=100, seed=run.p.step, use_c=False)
@@ -545,11 +564,13 @@ def announce(run: Run):
     """What is about to happen, in numbers."""
     s, p, say, meta = run.s, run.p, run.say, run.meta
     n = run.model.num_parameters()
-    steps_per_epoch = meta["train_tokens"] / run.step_tokens
+    steps_per_epoch = run.rows.per_epoch / s.global_batch_size
     accumulation = math.ceil(run.rows_here / run.micro)
     say(
         f"data     {run.folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens"
     )
+    if run.chat:
+        say(f"talks    {run.rows.describe(run.micro)}")
     say(f"model    {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
     say(
         f"step     micro-batch {run.micro} x accumulation {accumulation} x processes {run.world} = "
@@ -592,10 +613,10 @@ def begin(run: Run):
         if not run.resumed:
             for name in ("state.pt", "stable.pt", "log.jsonl"):
                 (out_dir / name).unlink(missing_ok=True)
+            tokenizer, eos = run.folder / "tokenizer.json", run.meta["eos_token"]
             context = model.config.max_position_embeddings
-            checkpoint.save_tokenizer(
-                out_dir, run.folder / "tokenizer.json", run.meta["eos_token"], context, run.source_dir
-            )
+            template = run.folder / "chat_template.jinja" if run.chat else None
+            checkpoint.save_tokenizer(out_dir, tokenizer, eos, context, run.source_dir, template)
             first_weights = dict(step="0", tokenizer_sha256=run.meta["tokenizer_sha256"])
             if run.source_dir is None:
                 first_weights["untrained"] = "true"

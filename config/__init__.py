@@ -97,7 +97,7 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
         elif arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             if equals:
-                take(key.replace("-", "_"), value, arg)
+                take(key.replace("-", "_"), value, f"{arg:.80}")
             else:
                 problems.append(f"{arg}: write --key=value.")
         elif arg.startswith("-"):
@@ -231,10 +231,10 @@ def guard(main):
         raise SystemExit(130) from None
 
 
-def say(text: str):
+def say(text: str, end: str = "\n"):
     """Print a line. A terminal, pipe or disk that has gone does not end the work: long runs print with this."""
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except OSError:
         leave_stdout()
 

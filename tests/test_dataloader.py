@@ -58,11 +58,11 @@ def test_noise_is_a_function_of_the_row_and_spares_the_targets(tmp_path, monkeyp
 
 def test_validation_covers_every_token_once_and_always_alike(here):
     np.arange(105, dtype="<u2").tofile("x.bin")
-    rows = validation_rows("x.bin", 105, 10, 99)
-    targets = rows[:, 1:][rows[:, 1:] != -100]
-    assert targets.tolist() == list(range(1, 105))
-    few = validation_rows("x.bin", 105, 10, 3)
-    assert few[:, 0].tolist() == [0, 50, 100] and torch.equal(few, validation_rows("x.bin", 105, 10, 3))
+    inputs, targets = validation_rows("x.bin", 105, 10, 99)
+    assert targets[targets != -100].tolist() == list(range(1, 105))
+    assert (targets - inputs)[targets != -100].eq(1).all() and inputs.min() >= 0
+    few, _ = validation_rows("x.bin", 105, 10, 3)
+    assert few[:, 0].tolist() == [0, 50, 100] and torch.equal(few, validation_rows("x.bin", 105, 10, 3)[0])
 
 
 def test_a_validation_split_of_any_size_costs_its_rows_alone(here):
@@ -72,9 +72,9 @@ def test_a_validation_split_of_any_size_costs_its_rows_alone(here):
     with open("x.bin", "wb") as f:
         f.truncate(2 * tokens)
     tracemalloc.start()
-    rows = validation_rows("x.bin", tokens, 256, 10)
+    rows, _ = validation_rows("x.bin", tokens, 256, 10)
     _, peak = tracemalloc.get_traced_memory()
-    assert rows.shape == (10, 257) and peak < 2**20
+    assert rows.shape == (10, 256) and peak < 2**20
     kept = np.zeros(2**20, dtype="<u2")
     assert tracemalloc.get_traced_memory()[1] > len(kept)
     tracemalloc.stop()

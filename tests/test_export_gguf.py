@@ -21,6 +21,7 @@ from prepare import train_bpe
 from sample import generate
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (requirements-dev.txt)")
+import chat  # noqa: E402
 import export_gguf  # noqa: E402
 from export_gguf import export  # noqa: E402
 
@@ -312,6 +313,16 @@ def test_a_post_processor_that_adds_nothing_is_no_obstacle(directory, post):
     assert export(directory, "f32").is_file()
 
 
+def test_a_tokenizer_that_transformers_saved(directory, tmp_path):
+    """Read and saved again by transformers it is written as before, byte by byte."""
+    from transformers import AutoTokenizer
+
+    before = export(directory, "f32").read_bytes()
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    assert read_json(directory / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend"
+    assert export(directory, "f32").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_the_check_holds_without_assertions(directory):
     """`python -O` drops assert statements: a wrong file would then be said to have been checked."""
@@ -485,9 +496,9 @@ HOSTILE = {
 def test_a_hostile_template_costs_little(kind, monkeypatch):
     """A template comes with a model, from anyone: it must not take the machine's time or memory, here or in the process
     that renders it. The limits are tightened, so that the test ends soon."""
-    monkeypatch.setattr(export_gguf, "TEMPLATE_SECONDS", 3)
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 3)
     with pytest.raises(UserError, match="chat template") as refused:
-        export_gguf.render_template(HOSTILE[kind], messages=[])
+        chat.render(HOSTILE[kind], [dict(messages=[])])
     assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
     assert export_gguf.chatml_system(HOSTILE[kind]) is None
 
@@ -505,7 +516,7 @@ def test_templates_render_as_in_transformers(hf_directory):
         expected = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-        found = export_gguf.render_template(template, messages=messages, add_generation_prompt=True)
+        found = chat.render(template, [dict(messages=messages, add_generation_prompt=True)])[0]
         assert found == expected and "naïve 🦉 <b>" in found
 
 

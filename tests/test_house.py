@@ -7,16 +7,19 @@ import sys
 import pytest
 from conftest import ROOT
 
-ORDER = "config files ops model quantize device checkpoint decode sample".split()  # each may import those before it
+# each may import those before it
+ORDER = "config files ops model quantize device checkpoint decode sample chat".split()
 DATA = ["prepare", "dataloader"]
 MAY_IMPORT = {name: ORDER[:i] for i, name in enumerate(ORDER)} | {
     "prepare": ["config", "files"],  # no torch: it must start at once
     "dataloader": ["config", "files", "prepare"],
     "train": ORDER + DATA,
     "verify_hf": ORDER + DATA + ["train"],
-    "export_gguf": ORDER + DATA + ["train"],
+    "ggml": ["config", "files"],
+    "export_gguf": ORDER + DATA + ["train", "ggml"],
+    "import_gguf": ORDER + DATA + ["ggml"],
     "app": ORDER + DATA + ["train"],
-    "bench": ORDER + DATA + ["train", "export_gguf"],
+    "bench": ORDER + DATA + ["train", "ggml", "export_gguf"],
 }
 
 

@@ -460,7 +460,7 @@ def test_no_piece_grows_with_the_text(here, monkeypatch, kind):
     for file, content in (("t.txt", text), ("t.jsonl", jsonl([text]))):
         (here / file).write_text(content, newline="")
         scanned.clear()
-        pieces = [(piece, ends) for piece, _, ends in prepare.read_pieces([here / file])]
+        pieces = [(piece, ends) for piece, _, ends in prepare.read_pieces(prepare.Source([here / file]))]
         assert "".join(piece for piece, _ in pieces) == text
         assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
         assert max(len(piece) for piece, _ in pieces) <= 10_000 and sum(scanned) <= 3 * len(text)
@@ -472,7 +472,7 @@ def test_a_document_that_ends_where_a_long_word_is_cut_has_its_end(here, monkeyp
     monkeypatch.setattr(prepare, "STRETCH", 100)
     for n in range(98, 103):
         (here / "t.txt").write_text("a" * n)
-        pieces = list(prepare.read_pieces([here / "t.txt"]))
+        pieces = list(prepare.read_pieces(prepare.Source([here / "t.txt"])))
         assert sum(ends for *_, ends in pieces) == 1 and sum(len(text) for text, *_ in pieces) == n
 
 
@@ -639,7 +639,7 @@ def test_the_position_of_a_bad_byte_counts_the_byte_order_mark(here, monkeypatch
         with pytest.raises(UserError, match=re.escape(f"byte {len(bom)} is 0xff")):
             make(bom + b"\xff and more")
     (here / "t.txt").write_bytes(b"\xef\xbb\xbfa \xef\xbb\xbf")
-    assert "".join(text for text, *_ in prepare.read_pieces([here / "t.txt"])) == "a \ufeff"
+    assert "".join(text for text, *_ in prepare.read_pieces(prepare.Source([here / "t.txt"]))) == "a \ufeff"
 
 
 @pytest.mark.parametrize("size", [0, 100, 25000, 40000])

@@ -96,13 +96,13 @@ def test_evaluation_is_the_mean_over_tokens_however_it_is_batched(here):
     np.random.default_rng(0).integers(0, 120, 93).astype("<u2").tofile("x.bin")
     rows = dataloader.validation_rows("x.bin", 93, 16, 99)
     losses = []
-    for row in rows:
-        n = int((row[1:] != -100).sum())
-        logits = model(row[None, :n])[0][0]
-        losses += torch.nn.functional.cross_entropy(logits, row[1 : n + 1], reduction="none").tolist()
+    for inputs, targets in zip(*rows):
+        n = int((targets != -100).sum())
+        logits = model(inputs[None, :n])[0][0]
+        losses += torch.nn.functional.cross_entropy(logits, targets[:n], reduction="none").tolist()
     for batch in (1, 4, 5, 64):
-        assert abs(train.evaluate(model, rows, batch, train.nullcontext) - np.mean(losses)) < 1e-5
-    parts = [train.evaluate(model, rows[r::2], 4, train.nullcontext) for r in (0, 1)]
+        assert abs(train.evaluate(model, *rows, batch, train.nullcontext) - np.mean(losses)) < 1e-5
+    parts = [train.evaluate(model, *(x[r::2] for x in rows), 4, train.nullcontext) for r in (0, 1)]
     assert abs(np.mean(parts) - np.mean(losses)) > 1e-5, "negative control: the mean of two means is another number"
 
 
@@ -451,7 +451,7 @@ def test_the_model_kept_is_the_best_and_overfitting_is_said(here, monkeypatch, c
     model, _ = checkpoint.load("out/t")
     meta = prepare.read_meta("t")
     rows = dataloader.validation_rows("data/t/val.bin", meta["val_tokens"], 32, 20)
-    assert abs(train.evaluate(model, rows, 8, train.nullcontext) - losses[best]) < 1e-5
+    assert abs(train.evaluate(model, *rows, 8, train.nullcontext) - losses[best]) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -896,10 +896,10 @@ def test_fine_tuning_starts_where_transformers_is_and_gets_better(here, monkeypa
     rows = dataloader.validation_rows("data/own/val.bin", meta["val_tokens"], 32, 20)
     hf, total, count = hf.to(torch.float32), 0.0, 0
     with torch.no_grad():
-        for row in rows:
-            n = int((row[1:] != -100).sum())
-            logits = hf(row[None, :n]).logits[0]
-            total += float(torch.nn.functional.cross_entropy(logits, row[1 : n + 1], reduction="sum"))
+        for inputs, targets in zip(*rows):
+            n = int((targets != -100).sum())
+            logits = hf(inputs[None, :n]).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, targets[:n], reduction="sum"))
             count += n
     assert abs(losses[0] - total / count) < 1e-3
     assert losses[100] < losses[0] - 0.5

@@ -996,7 +996,7 @@ def signal_cases() -> list[Case]:
     for port, (number, codes) in enumerate(ends, 7981):
         cases += [
             hit("train starting", train, number, said("data  "), 0.1, (0, *codes), leaves="out/n/*"),
-            hit("train stepping", train, number, said("\nstep "), 0.5, 0, "Go on with", leaves="out/n/*", check=saved),
+            hit("train stepping", train, number, said("| loss"), 0.5, 0, "Go on with", leaves="out/n/*", check=saved),
             hit("prepare training", prepare, number, said("training a"), 1.0, codes, setup=words),
             hit("sample talking", SAMPLE + " --num_samples=999999", number, said("aa"), 1.0, (0, *codes)),
             hit("export writing", EXPORT, number, writing, 0.3, codes, setup=big_model),

