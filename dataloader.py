@@ -167,13 +167,13 @@ class Conversations:
         longest = [max(int(self.lengths[self.number(r)]) - 1 for r in rows[a : a + micro]) for a in rows[::micro]]
         filled = 1 - self.size(rows) / max(1, micro * sum(longest))
         return (
-            f"{self.per_epoch:,}; {self.cut:,} of them cut at {self.T} tokens; {self.left_out:,} left out, with nothing "
-            f"to learn before that; {filled:.0%} of what is computed fills rows up"
+            f"{self.per_epoch:,}; {self.cut:,} of them cut at {self.T} tokens; {self.left_out:,} left out, with "
+            f"nothing to learn before that; {filled:.0%} of what is computed fills rows up"
         )
 
 
 def validation_conversations(file, block_size: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (N, T) of the held-out conversations, or of `limit` of them at even distances; the shortest
+    """Inputs and targets (N, T) of the held-out conversations, or of `limit` of them, spread evenly; the shortest
     first."""
     held = Conversations(file, block_size, seed=0, group=1)
     n = held.per_epoch
