@@ -1,5 +1,5 @@
 """
-The playground: write with a model, look inside it, compare two, watch one learn.
+The playground: chat with a model, write with it, look inside it, compare two, watch one learn.
 
     python app.py                                        # the newest run under out/, at http://127.0.0.1:7860
     python app.py --model=HuggingFaceTB/SmolLM2-135M     # a downloaded model, beside the runs
@@ -7,6 +7,7 @@ The playground: write with a model, look inside it, compare two, watch one learn
 
     from gradio_client import Client                     # the same from a program
     Client("http://127.0.0.1:7860").predict("ROMEO:", max_new_tokens=50, seed=1, api_name="/generate")
+    Client("http://127.0.0.1:7860").predict([{"role": "user", "content": "Who are you?"}], api_name="/chat")
 
 One generation runs at a time, the others wait in a queue; each has a cache and a random generator of its own. Visitors
 choose among the runs under out/ and --model, and cannot name another path. Nothing is fetched from another host, and
@@ -20,9 +21,11 @@ import re
 import sys
 import threading
 import time
+from bisect import bisect_left
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from html import escape
+from functools import cache
+from html import escape, unescape
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,6 +38,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
+from chat import ROLES, Template, read_chat_template
 from checkpoint import find, load, metadata, newest_run
 from config import UserError, Within, guard, is_text, leave_stdout, override
 from device import pick_device, pick_dtype
@@ -54,6 +58,7 @@ class Settings:
 
 RUNS = Path("out")
 MAX_PROMPT = 4000  # characters; of a longer prompt the end is read
+MAX_CHAT, MAX_MESSAGES = 20_000, 199  # characters and messages; of a longer conversation the oldest turns are left out
 MAX_WAITING = 16  # requests in the queue; the next one is told to come back later
 PATIENCE = 10  # seconds of work on a text that nobody has begun to fetch
 REFRESH = 3  # seconds between looks at the disk, for new runs and new lines in a log
@@ -63,13 +68,14 @@ EXAMPLES = ["ROMEO:", "To be, or not to be,", "Once upon a time", "The sea was c
 # Every number a visitor can send: lowest, highest, default, step, label, help. The page and the server both use this.
 KNOBS = dict(
     max_new_tokens=(10, 1024, 200, 1, "Length", "At most so many tokens (pieces of words); the model may end sooner."),
-    temperature=(0.0, 2.0, 0.8, 0.05, "Temperature", "0 always takes the likeliest token; 1 is lively; 2 is noise."),
+    temperature=(0.0, 2.0, 0.8, 0.05, "Temperature", "0 always takes the likeliest; chat: 0.2; 1 is lively, 2 noise."),
     top_k=(0, 200, 0, 1, "Top-k", "Choose among this many of the likeliest tokens only. 0 is off."),
-    top_p=(0.0, 1.0, 1.0, 0.05, "Top-p", "Choose among the likeliest tokens that make up this share. 0 or 1 is off."),
+    top_p=(0.0, 1.0, 1.0, 0.05, "Top-p", "Choose among the likeliest that make up this share; chat: 0.9. 1 is off."),
     min_p=(0.0, 0.5, 0.0, 0.01, "Min-p", "Drop tokens this much less likely than the likeliest. 0 is off."),
     repetition_penalty=(1.0, 2.0, 1.0, 0.05, "Repetition penalty", "Above 1, words already used become less likely."),
     seed=(0, 2**31 - 1, 0, 1, "Seed", "The same number gives the same text again. 0 draws a new one each time."),
 )  # fmt: skip
+CHAT = dict(max_new_tokens=512, temperature=0.2, top_p=0.9)  # defaults with a chat model, as in chat.py
 OFF = dict(top_k=(0,), top_p=(0, 1), min_p=(0,))  # values that mean None to generate()
 
 
@@ -155,6 +161,16 @@ class Models:
             _, model, tokenizer = entry
             return model, tokenizer
 
+    def template(self, name: str, tokenizer) -> Template:
+        """How the model is to be talked to; UserError where it only continues text."""
+        folder = self.folder(name)
+        if read_chat_template(folder) is None:
+            raise UserError(
+                f"{name} has no chat template, so it only continues texts. Choose another, or make one that can chat: "
+                "python import_gguf.py, or python train.py config/chat_smollm2.py"
+            )
+        return Template.of(folder, tokenizer)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # one request
@@ -190,12 +206,52 @@ def spell(tokenizer, i: int) -> str:
     return text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5") or "(nothing)"
 
 
-def write(models: Models, record: Record, name: str, int8: bool, prompt: str, **numbers):
-    """Fill `record` with a continuation of `prompt` by the model `name`. numbers: a value for each of KNOBS.
+def checked(messages) -> list[dict]:
+    """The same messages; UserError where they are no conversation that ends with a question."""
+    good = isinstance(messages, list) and all(isinstance(m, dict) for m in messages) and messages
+    for i, m in enumerate(messages if good else []):
+        good = good and isinstance(m.get("content"), str) and is_text(m["content"]) and m.get("role") in ROLES[i > 0 :]
+    if not good or messages[-1]["role"] != "user":
+        raise UserError(
+            "messages: expected a list of {'role': ..., 'content': text without half a surrogate pair}. The roles are "
+            "user and assistant, and system for the first alone; the last message is the user's."
+        )
+    return [dict(role=m["role"], content=m["content"]) for m in messages]
+
+
+def chat_ids(template: Template, messages: list[dict], context: int, room: int) -> list[int]:
+    """The ids of a conversation up to where the answer begins. The oldest turns of a long one are left out, until
+    `room` positions of the context are free for the answer; the system message and the last question stay.
+
+    All of it is read anew for every answer: caches that wait for visitors who may not come back would fill the memory.
+    """
+    first = int(messages[0]["role"] == "system")
+    head, turns = messages[:first], messages[first:][-MAX_MESSAGES:]
+    tails = [head + turns[k:] for k in range(0, len(turns), 2)]
+    tails = [tail for tail in tails if sum(len(m["content"]) for m in tail) <= MAX_CHAT]
+    if not tails:
+        raise UserError(f"the message, with the system message, is longer than {MAX_CHAT:,} characters.")
+
+    @cache  # a process that renders the template takes a tenth of a second
+    def ids(k: int) -> list[int]:
+        return template.encode([tails[k]], answer=True)[0][0]
+
+    def fits(k: int) -> bool:
+        return len(ids(k)) + room <= context
+
+    return ids(0 if fits(0) else bisect_left(range(len(tails) - 1), True, key=fits))
+
+
+def write(models: Models, record: Record, name: str, int8: bool, prompt: str, messages=None, **numbers):
+    """Fill `record` with a continuation of `prompt` by the model `name`, or, where there are messages, with its answer
+    to the last of them. numbers: a value for each of KNOBS.
 
     Yields after every token. Closing this iterator, or setting record.stopped, ends the work with the token at hand.
     """
     numbers = {key: clamp(key, value) for key, value in numbers.items()}
+    if messages is not None:
+        messages = checked(messages)
+        prompt = messages[-1]["content"] + "\n"  # what is shown before the answer
     if not all(isinstance(text, str) and is_text(text) for text in (prompt, name or "")):
         raise UserError("the prompt and the model's name must be text, and without half a surrogate pair.")
     if not isinstance(int8, bool):
@@ -203,7 +259,12 @@ def write(models: Models, record: Record, name: str, int8: bool, prompt: str, **
     record.seed = numbers["seed"] = numbers["seed"] or random.randrange(1, 2**31)
     record.prompt = prompt[-MAX_PROMPT:]
     model, tokenizer = models.get(name, int8)
-    prompt_ids = encode_prompt(tokenizer, record.prompt, model.config.max_position_embeddings)
+    context = model.config.max_position_embeddings
+    if messages is None:
+        prompt_ids = encode_prompt(tokenizer, record.prompt, context)
+    else:
+        room = min(numbers["max_new_tokens"], context // 4)
+        prompt_ids = chat_ids(models.template(name, tokenizer), messages, context, room)
     numbers = {key: None if value in OFF.get(key, ()) else value for key, value in numbers.items()}
     steps = generate(model, prompt_ids, **numbers, with_logits=True)
     for piece in stream_text(tokenizer, recorded(steps, record, tokenizer, model.config.eos_ids)):
@@ -341,6 +402,15 @@ def model_html(models: Models, name: str, int8: bool) -> tuple[str, str]:
     return status_html(line), f'<table class="card">{cells}</table>'
 
 
+def note_html(models: Models, name: str, int8: bool) -> str:
+    """The line at the top of the Chat tab: why the model cannot chat, and what to do."""
+    try:
+        models.template(name, models.get(name, int8)[1])
+        return ""
+    except (UserError, OSError) as error:
+        return error_html(error)
+
+
 def is_number(value) -> bool:
     """Whether it can be drawn: NaN, infinity and integers that a browser would round cannot."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
@@ -431,13 +501,51 @@ class Panel:
         return values
 
 
-def sidebar(names: list[str]):
+@dataclass
+class Talk:
+    """A visitor's conversation: the messages with the model, and with the one beside it; the questions are the same."""
+
+    threads: list[list[dict]] = field(default_factory=lambda: [[], []])
+    records: list[Record] = field(default_factory=list)  # of the last answers, one or two
+
+    def question(self, event: gr.EventData) -> tuple[int, str | None]:
+        """Place and text, as edited, of the question that the page's event is about; the end and None if about none."""
+        data, thread = event._data if isinstance(event._data, dict) else {}, self.threads[0]
+        at = data.get("index")
+        if at is None:
+            return len(thread), None
+        if type(at) is not int or not 0 <= at < len(thread):
+            raise UserError("that message is no longer in the conversation.")
+        at -= at % 2
+        edited = data.get("value") if "previous_value" in data else None
+        return at, unescape(edited) if isinstance(edited, str) else thread[at]["content"]  # escaped by draw()
+
+    def end(self, at: int | None = None):
+        """Stop what is being written. With a place: forget all from there on."""
+        for record in self.records:
+            record.stopped, record.why = True, record.why or "you stopped it"
+        self.threads = [thread[:at] for thread in self.threads]
+        self.records = list(self.records) if at is None else []  # another list, by which answer() knows
+
+    def draw(self, with_tokens: bool = True) -> list:
+        """Chatbot, facts and tokens of each model. A Chatbot shows HTML, pictures of other hosts too, also where it is
+        told to sanitize and not to render Markdown; and of a string, not of a dictionary, it strips the indentation."""
+        values = []
+        for thread, record in zip(self.threads, [*self.records, None, None]):
+            values.append([m | dict(content=dict(type="text", text=escape(m["content"], quote=False))) for m in thread])
+            values += [facts_html(record), tokens_html(record) if with_tokens else gr.skip()]
+        return values
+
+
+def sidebar(names: list[str], defaults: dict):
     with gr.Sidebar(width=300):
         model = gr.Dropdown(names, label="Model", info="The runs under out/, the newest first.")
         int8 = gr.Checkbox(False, label="int8 weights", info="A quarter of the memory; a little less exact.")
         knobs = []
         for name, (low, high, default, step, label, hint) in KNOBS.items():
-            looks = dict(minimum=low, maximum=high, value=default, step=step, label=label, info=hint)
+            looks = dict(
+                minimum=low, maximum=high, value=defaults.get(name, default), step=step, label=label, info=hint
+            )
             knobs.append(gr.Number(**looks, precision=0) if name == "seed" else gr.Slider(**looks, buttons=[]))
     return model, int8, knobs
 
@@ -447,10 +555,45 @@ def prompt_box(**more) -> gr.Textbox:
     return gr.Textbox(label="Prompt", lines=1, max_lines=8, placeholder=hint, **more)
 
 
-def write_tabs(model: gr.Dropdown) -> Panel:
+def chat_tab(models: Models, names: list[str], model: gr.Dropdown, int8: gr.Checkbox, knobs: list, autofocus: bool):
+    """Returns the line for models that cannot chat and the list of second models, which other events fill."""
+    with gr.Tab("Chat"):
+        note, bots, shown = gr.HTML(), [], []
+        looks = dict(
+            render_markdown=False, sanitize_html=True, allow_tags=False, latex_delimiters=[], editable="user",
+            group_consecutive_messages=False, buttons=[], feedback_options=None, height="46vh",
+            placeholder="Ask something. The model may be wrong, and sound sure.", elem_classes="talk",
+        )  # fmt: skip
+        with gr.Row():
+            for label in ("Conversation", "The same, beside it"):
+                with gr.Column(min_width=280, visible=not bots) as second:
+                    bots.append(gr.Chatbot(label=label, show_label=False, **looks))
+                    facts = gr.HTML(facts_html(None))
+                    with gr.Accordion("See inside the last answer", open=False):
+                        tokens = gr.HTML(tokens_html(None), js_on_load=INSIDE_JS, elem_classes="inside")
+                    shown += [bots[-1], facts, tokens]
+        hint = "Enter sends, Shift+Enter makes a new line."
+        box = dict(lines=1, max_lines=8, placeholder=hint, elem_id="say", autofocus=autofocus)
+        prompt = gr.Textbox(label="Message", **box)
+        with gr.Row():
+            go = gr.Button("Send", variant="primary", min_width=80)
+            stop = gr.Button("Stop", min_width=80)
+        with gr.Row():
+            hint = "Who the model is, or how it should answer. Empty: what its template says."
+            system = gr.Textbox(label="System message", info=hint, lines=1, max_lines=8, elem_id="system")
+            hint = "A second model that answers the same questions."
+            beside = gr.Dropdown([NOBODY, *names], value="", label="And beside it", info=hint)
+        beside.change(lambda name: gr.update(visible=bool(name)), beside, second, **QUIET)
+        inputs = [prompt, system, model, beside, int8, *knobs]
+        # within the tab: what it adds between two tabs, the page would count as one
+        connect_chat(models, bots, shown, [go.click, prompt.submit], stop, inputs)
+    return note, beside
+
+
+def write_tabs(model: gr.Dropdown, autofocus: bool) -> Panel:
     """Write and See inside: two views of one text."""
     with gr.Tab("Write"):
-        prompt = prompt_box(autofocus=True, elem_id="prompt")
+        prompt = prompt_box(autofocus=autofocus, elem_id="prompt")
         with gr.Row():
             go = gr.Button("Generate", variant="primary", min_width=80)
             stop = gr.Button("Stop", min_width=80)
@@ -504,12 +647,17 @@ def training_tab():
 def build(models: Models) -> gr.Blocks:
     """The whole page. Nothing is loaded and nothing served until it is launched and used."""
     names = models.names()
+    talks = False  # whether the first model can chat; then that is the first tab
+    with suppress(UserError):
+        talks = bool(names) and read_chat_template(models.folder(names[0])) is not None
     with gr.Blocks(title="nanoSmol playground", fill_width=True, analytics_enabled=False) as demo:
-        model, int8, knobs = sidebar(names)
+        model, int8, knobs = sidebar(names, CHAT if talks else {})
         gr.Markdown("# nanoSmol playground")
         status = gr.HTML()
         with gr.Tabs():
-            writing = write_tabs(model)
+            chat = chat_tab(models, names, model, int8, knobs, autofocus=True) if talks else None
+            writing = write_tabs(model, autofocus=not talks)
+            note, beside = chat or chat_tab(models, names, model, int8, knobs, autofocus=False)
             comparing = compare_tab(names)
             run, drawing = training_tab()
             with gr.Tab("Model"):
@@ -517,12 +665,13 @@ def build(models: Models) -> gr.Blocks:
         generation = connect_panel(writing, models, int8, knobs)
         connect_panel(comparing, models, int8, knobs)
         describe = dict(
-            fn=lambda name, int8: model_html(models, name, int8), inputs=[model, int8], outputs=[status, card],
+            fn=lambda name, int8: (*model_html(models, name, int8), note_html(models, name, int8)),
+            inputs=[model, int8], outputs=[status, card, note],
             concurrency_limit=None, show_progress="hidden", **PRIVATE,
         )  # fmt: skip
         gr.on([demo.load, model.change, int8.change], **describe)
         generation.then(**describe)  # the model may have been loaded again
-        connect_refresh(demo, models, run, drawing, [model, *comparing.models])
+        connect_refresh(demo, models, run, drawing, [model, *comparing.models], beside)
         add_api(models)
     return demo.queue(max_size=MAX_WAITING, api_open=False)  # open, /run and /api would compute beside the queue
 
@@ -531,8 +680,23 @@ def build(models: Models) -> gr.Blocks:
 # events
 
 ONE_AT_A_TIME = dict(concurrency_id="model", concurrency_limit=1)  # shared by all that generate
-PRIVATE = dict(api_visibility="private")  # the page's own events; programs have /generate
+PRIVATE = dict(api_visibility="private")  # the page's own events; programs have /generate and /chat
 QUIET = dict(queue=False, show_progress="hidden", **PRIVATE)
+NOBODY = ("none", "")  # in the list of second models
+
+
+def together(request: gr.Request, records: list[Record], writers: list):
+    """A token of each writer in turn, until nobody listens. Yields whether the coloured view, which is large and not
+    drawn at every token, is due."""
+    drawn = time.perf_counter()
+    for _ in zip_longest(*writers):
+        if unheard(request, records[0]):
+            return
+        due = time.perf_counter() - drawn > 0.5
+        if due:
+            drawn = time.perf_counter()
+        yield due
+    yield True
 
 
 def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
@@ -545,18 +709,11 @@ def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
         box[:] = records
         if len(prompt or "") > MAX_PROMPT:
             gr.Info(f"Of a prompt longer than {MAX_PROMPT:,} characters only the end is read.")
-        tokens_drawn = time.perf_counter()
         with errors_as_toasts():
             numbers["seed"] = clamp("seed", numbers["seed"]) or random.randrange(1, 2**31)  # one for all
             writers = [write(models, r, name, int8, prompt, **numbers) for r, name in zip(records, names)]
-            for _ in zip_longest(*writers):  # a token of each model in turn
-                if unheard(request, records[0]):
-                    return
-                due = time.perf_counter() - tokens_drawn > 0.5  # the coloured view is large: not at every token
-                if due:
-                    tokens_drawn = time.perf_counter()
+            for due in together(request, records, writers):
                 yield panel.draw(records, with_tokens=due)
-            yield panel.draw(records)
 
     def stop(box):
         for record in box:
@@ -578,21 +735,71 @@ def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
     return generation
 
 
-def connect_refresh(demo, models: Models, run: gr.Dropdown, drawing: list, model_lists: list[gr.Dropdown]):
+def connect_chat(models: Models, bots: list[gr.Chatbot], shown: list, sends: list, stop: gr.Button, inputs: list):
+    """Make the conversation go on, stop, be taken back, and change at any question. shown: what Talk.draw() draws."""
+    state = gr.State(Talk())  # this visitor's; it changes in place, so Stop sees it while it is being filled
+
+    def answer(request: gr.Request, event: gr.EventData, talk, prompt, system, name, beside, int8, *numbers):
+        """Answer what is in the box, or a question that is there, again or as edited; what followed it is forgotten."""
+        numbers, names = dict(zip(KNOBS, numbers)), [name, beside] if beside else [name]
+        with errors_as_toasts():
+            at, old = talk.question(event)
+            question = prompt if old is None else old
+            if not isinstance(question, str) or not question.strip():
+                raise UserError("the message is empty: write one first.")
+            numbers["seed"] = clamp("seed", numbers["seed"]) or random.randrange(1, 2**31)  # one for all
+            talk.end()
+            talk.records = records = [Record() for _ in names]
+            head = [dict(role="system", content=system)] if system else []
+            threads = [[*thread[:at], dict(role="user", content=question)] for thread in talk.threads]
+            asked = zip(records, names, threads)
+            writers = [write(models, r, name, int8, "", [*head, *thread], **numbers) for r, name, thread in asked]
+            for due in together(request, records, writers):
+                if talk.records is not records:  # stopped or taken back, and the page has been drawn so
+                    return
+                texts = records[0].text, records[-1].text  # the first model speaks for a second that may join later
+                talk.threads = [[*t, dict(role="assistant", content=text)] for t, text in zip(threads, texts)]
+                yield ["" if old is None else gr.skip(), *talk.draw(with_tokens=due)]
+
+    def halt(talk):
+        talk.end()
+        return talk.draw()
+
+    def undo(event: gr.EventData, talk):
+        """The question goes back into its box."""
+        with errors_as_toasts():
+            at, question = talk.question(event)
+        talk.end(at)
+        return [question, *talk.draw()]
+
+    def begin_anew(talk):
+        talk.end(0)
+        return talk.draw()
+
+    outputs = [inputs[0], *shown]
+    looks = dict(show_progress="minimal", show_progress_on=shown[1], **ONE_AT_A_TIME, **PRIVATE)
+    again = [event for bot in bots for event in (bot.retry, bot.edit)]
+    answers = gr.on([*sends, *again], answer, [state, *inputs], outputs, **looks)
+    stop.click(halt, state, shown, cancels=answers, **QUIET)
+    gr.on([bot.undo for bot in bots], undo, state, outputs, cancels=answers, **QUIET)
+    gr.on([bot.clear for bot in bots], begin_anew, state, shown, cancels=answers, **QUIET)
+
+
+def connect_refresh(demo, models: Models, run: gr.Dropdown, drawing: list, model_lists: list[gr.Dropdown], beside):
     """Every REFRESH seconds redraw what is out of date: the lists of models and runs, and the curves of the run."""
     seen = gr.State({})  # what this visitor's page was last drawn from
 
-    def refresh(seen, run, *chosen):
+    def refresh(seen, run, beside, *chosen):
         names, runs = models.names(), newest_first("log.jsonl")
         if run not in runs:  # none is chosen yet, or it has gone
             run = chosen[0] if chosen[0] in runs else first(runs)
         now = dict(lists=[sorted(names), sorted(runs)])
-        lists, drawn = [gr.skip()] * (len(chosen) + 1), [gr.skip()] * len(drawing)
+        lists, drawn = [gr.skip()] * (len(chosen) + 2), [gr.skip()] * len(drawing)
         if now["lists"] != seen.get("lists"):
             # a chosen model that has gone stays in the list, and using it gives the error; no other is put in its place
-            choices = list(dict.fromkeys([*names, *filter(None, chosen)]))
+            choices = list(dict.fromkeys([*names, *filter(None, [*chosen, beside])]))
             lists = [gr.update(choices=choices, value=name or first(names)) for name in chosen]
-            lists.append(gr.update(choices=runs, value=run))
+            lists += [gr.update(choices=[NOBODY, *choices], value=beside), gr.update(choices=runs, value=run)]
         try:
             if run is None:
                 raise UserError("No log under out/ yet. Start one: python train.py config/tiny_shakespeare.py")
@@ -608,13 +815,23 @@ def connect_refresh(demo, models: Models, run: gr.Dropdown, drawing: list, model
         return *lists, *drawn
 
     gr.on(
-        [demo.load, gr.Timer(REFRESH).tick, run.input], refresh, [seen, run, *model_lists],
-        [*model_lists, run, *drawing], **QUIET,
+        [demo.load, gr.Timer(REFRESH).tick, run.input], refresh, [seen, run, beside, *model_lists],
+        [*model_lists, beside, run, *drawing], **QUIET,
     )  # fmt: skip
 
 
 def add_api(models: Models):
-    """The endpoint /generate, the only one for programs. gradio shows them its signature and its docstring."""
+    """The endpoints for programs, /generate and /chat. gradio shows their signatures and docstrings."""
+
+    def streamed(request, model, int8, prompt, messages, numbers):
+        record = Record()
+        with errors_as_toasts():
+            name = model or first(models.names()) or ""
+            for _ in write(models, record, name, int8, prompt, messages, **numbers):
+                if unheard(request, record):
+                    return
+                yield record.text
+            yield record.text
 
     def generate_api(
         request: gr.Request, prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
@@ -624,20 +841,22 @@ def add_api(models: Models):
         """Continue `prompt`, of which the last 4,000 characters are read; streams the text so far, without the
         prompt. model: a name from the page's list, empty for the first. Numbers are moved into their range; seed 0
         draws one; top_k 0, min_p 0 and top_p 0 or 1 are off."""
-        record = Record()
-        numbers = dict(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repetition_penalty=repetition_penalty, seed=seed,
-        )  # fmt: skip
-        with errors_as_toasts():
-            name = model or first(models.names()) or ""
-            for _ in write(models, record, name, int8, prompt, **numbers):
-                if unheard(request, record):
-                    return
-                yield record.text
-            yield record.text
+        numbers = {name: value for name, value in locals().items() if name in KNOBS}
+        yield from streamed(request, model, int8, prompt, None, numbers)
+
+    def chat_api(
+        request: gr.Request, messages: list[dict], max_new_tokens: int = 512, temperature: float = 0.2, top_k: int = 0,
+        top_p: float = 0.9, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0, model: str = "",
+        int8: bool = False,
+    ) -> str:  # fmt: skip
+        """Answer `messages`, a list of {"role": "system", "user" or "assistant", "content": text}; streams the answer
+        so far. The oldest turns are left out where there are more than 20,000 characters, or than the model's context
+        holds. model: one with a chat template. The rest is as in /generate."""
+        numbers = {name: value for name, value in locals().items() if name in KNOBS}
+        yield from streamed(request, model, int8, "", messages or [], numbers)
 
     gr.api(generate_api, api_name="generate", **ONE_AT_A_TIME)
+    gr.api(chat_api, api_name="chat", **ONE_AT_A_TIME)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -674,6 +893,9 @@ main.contain { max-width: 62rem; }
 .caret { border-right: .5em solid var(--primary-600); margin-left: 2px; animation: blink 1s steps(2) infinite; }
 @keyframes blink { 50% { opacity: 0; } }
 @media (prefers-reduced-motion: reduce) { .caret { animation: none; } }
+.talk .message-content .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+.inside .paper { min-height: 5rem; }
+.talk [class*=placeholder] { padding: 0 1rem; text-align: center; }
 .facts, .status { color: var(--body-text-color-subdued); font-size: .88rem; min-height: 1.3em; margin: 0; }
 .status.bad { color: var(--body-text-color); border-left: 4px solid #c2410c; padding: .4rem .8rem; }
 .t { border-radius: 3px; padding: 1px 0; cursor: pointer; --hot: 234, 88, 12; }
@@ -697,6 +919,7 @@ main.contain { max-width: 62rem; }
 .samples { max-height: 34rem; overflow-y: auto; }
 .samples dt { font-size: .85rem; color: var(--primary-600); margin-top: .8rem; }
 .samples dd { margin: .2rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .95rem/1.5 ui-serif, serif; }
+@media (max-width: 768px) { .talk { height: 38vh !important; } }
 @media (max-width: 768px) { .tab-container button { padding: 0 .35rem !important; font-size: .82rem !important; } }
 :focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 1px; }
 """

@@ -84,8 +84,15 @@ try:
 except (ImportError, ValueError, OSError):  # Windows has no such limits, and macOS not the second
     pass
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.ext import Extension
+class Generation(Extension):  # what transformers has to mark an answer: here it marks nothing
+    tags = {"generation"}
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 def raise_exception(message): raise ValueError(message)
-options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])  # as in transformers
+extensions = ["jinja2.ext.loopcontrols", Generation]
+options = dict(trim_blocks=True, lstrip_blocks=True, extensions=extensions)  # as in transformers
 environment = ImmutableSandboxedEnvironment(**options)
 environment.globals["raise_exception"] = raise_exception
 compiled = environment.from_string(template)
@@ -104,7 +111,7 @@ def render(template: str, conversations: list[dict]) -> list[str]:
     or filling the memory, so it is rendered in a process of its own, whose time and memory are bounded.
     """
     given = json.dumps([template, conversations, TEMPLATE_SECONDS, TEMPLATE_BYTES])
-    options = dict(input=given, capture_output=True, text=True, timeout=TEMPLATE_SECONDS)
+    options = dict(input=given, capture_output=True, text=True, encoding="utf-8", timeout=TEMPLATE_SECONDS)
     try:
         done = subprocess.run([sys.executable, "-P", "-c", RENDER], **options)
     except subprocess.TimeoutExpired:
@@ -196,7 +203,8 @@ class Template:
 
 def template_for(name: str, tokenizer: Tokenizer) -> Template:
     """The template of the model directory or hub id that a tokenizer comes from; ChatML where there is none."""
-    folder = Path(name) if Path(name).is_dir() or name == "bpe" or Path(name).is_file() else find(name)
+    file = Path(name).is_file()
+    folder = Path(name).parent if file else Path(name) if Path(name).is_dir() or name in ("bpe", "gpt2") else find(name)
     text = read_chat_template(folder)
     if text is None:
         return Template(CHATML, tokenizer, {})
@@ -214,8 +222,10 @@ def messages_of(row) -> list[dict]:
     elif "completion" in row:
         messages = [dict(role="user", content=row.get("prompt")), dict(role="assistant", content=row["completion"])]
     else:
-        names = dict(human="user", gpt="assistant", system="system")
-        messages = [dict(role=names.get(m.get("from")), content=m.get("value")) for m in row["conversations"]]
+        names = dict(human="user", gpt="assistant")
+        messages = [
+            dict(role=names.get(m.get("from"), m.get("from")), content=m.get("value")) for m in row["conversations"]
+        ]
     if not isinstance(messages, list) or not messages:
         raise UserError("expected a list of messages")
     for i, message in enumerate(messages, 1):
@@ -247,10 +257,12 @@ class Chat:
     def reset(self, system: str = ""):
         """Begin anew, with a system message or the template's own."""
         self.messages = [dict(role="system", content=system)] if system else []
+        self.left_out = 0  # messages that the context has no room for any more
         self.cache, self.read = KVCache(self.model.config, 1, self.model.device, self.model.dtype), []
 
     def undo(self):
         """Forget the last question and its answer."""
+        self.left_out = 0
         while self.messages and self.messages[-1]["role"] != "system":
             if self.messages.pop()["role"] == "user":
                 return
@@ -259,19 +271,26 @@ class Chat:
         """The ids of the conversation, up to where the assistant is to speak. Where they leave less than `room`
         positions of the context, the oldest question and answer are left out, and the next, but never the last."""
         messages, first = list(self.messages), int(self.messages[0]["role"] == "system")
+        del messages[first : first + self.left_out]
         while True:
             ids, _ = self.template.encode([messages], answer=True)[0]
             if len(ids) + room <= self.model.config.max_position_embeddings or len(messages) - first <= 1:
                 return ids
             del messages[first : first + 2]
+            self.left_out += 2
 
     def answer(self, question: str, max_new_tokens: int = 512, **sampling) -> Iterator[str]:
         """The answer, piece by piece as sample.stream_text gives it. What was said when the iterator is closed, or by
         Ctrl-C, stays as the answer."""
-        self.messages.append(dict(role="user", content=question))
-        context = self.model.config.max_position_embeddings
-        ids = self.fit(min(max_new_tokens, context // 4))
+        context, before = self.model.config.max_position_embeddings, self.messages
+        self.messages = [*before, dict(role="user", content=question)]
+        try:
+            ids = self.fit(min(max_new_tokens, context // 4))
+        except BaseException:
+            self.messages = before
+            raise
         known = len(os.path.commonprefix([self.read, ids])) if len(ids) <= context else 0
+        self.read = self.read[:known]  # until the rest is read
         new, text = [], ""
 
         def noted(steps):
@@ -286,8 +305,9 @@ class Chat:
                 yield piece
         finally:
             self.messages.append(dict(role="assistant", content=text))
-            self.read = ids + new[:-1]  # the last token was chosen, and not read
-            if len(self.read) > context:  # generate() has begun the cache anew on the way
+            if new:
+                self.read = ids + new[:-1]  # the last token was chosen, and not read
+            if len(self.read) >= context:  # generate() has begun the cache anew, or was about to
                 self.read = []
 
 
@@ -300,7 +320,8 @@ HELP = "/reset begins anew, /system TEXT too, with that message; /undo forgets t
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     keep_freed_memory()
-    path = s.model or newest_run()
+    sys.stdin.reconfigure(errors="surrogateescape")
+    path = s.model or newest_run(wanted=read_chat_template)
     chat = Chat(path, s.system, pick_device(s.device), pick_dtype(s.dtype), s.quantize)
     print(f"{path}: {HELP}; Ctrl-C ends an answer", file=sys.stderr)
     turn = 0
@@ -314,13 +335,16 @@ def main():
         except KeyboardInterrupt:
             print("\n(Ctrl-D ends the chat)", file=sys.stderr)
             continue
+        if not is_text(question):
+            print("that is not UTF-8 text", file=sys.stderr)
+            continue
         command, _, rest = question.partition(" ")
         if command in ("/reset", "/system"):
             chat.reset(rest.strip())
         elif command == "/undo":
             chat.undo()
-        elif command.startswith("/") or not question or not is_text(question):
-            print(HELP if is_text(question) else "that is not UTF-8 text", file=sys.stderr)
+        elif command.startswith("/") or not question:
+            print(HELP, file=sys.stderr)
         else:
             # the answer, as it comes
             sampling = dict(temperature=s.temperature, top_p=s.top_p, repetition_penalty=s.repetition_penalty)

@@ -92,12 +92,12 @@ def find(path) -> Path:
         ) from None
 
 
-def newest_run(root="out") -> Path:
+def newest_run(root="out", wanted=lambda folder: True) -> Path:
     """The run under out/ whose weights were written last."""
     runs = sorted(Path(root).glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
     if not runs:
         raise UserError(f"no trained model under {root}/. Make one with: python train.py config/tiny_shakespeare.py")
-    return runs[-1].parent
+    return next((file.parent for file in reversed(runs) if wanted(file.parent)), runs[-1].parent)
 
 
 def holds_weights(folder: Path) -> bool:
@@ -262,7 +262,7 @@ def write_tensors(file: Path, shapes: dict[str, list[int]], dtype: torch.dtype, 
     equal models are equal files. The format: https://github.com/huggingface/safetensors#format
     """
     names, size, offset = sorted(shapes), dtype.itemsize, 0
-    header = {"__metadata__": dict(sorted(({"format": "pt", "crc32": "00000000"} | metadata).items()))}
+    header = {"__metadata__": dict(sorted((metadata | {"format": "pt", "crc32": "00000000"}).items()))}
     for name in names:
         end = offset + size * math.prod(shapes[name])
         header[name] = dict(dtype=SAFETENSORS_NAMES[dtype], shape=shapes[name], data_offsets=[offset, end])
@@ -278,7 +278,7 @@ def write_tensors(file: Path, shapes: dict[str, list[int]], dtype: torch.dtype, 
             data = memoryview(tensor.flatten().view(torch.uint8).numpy())
             f.write(data)
             crc = zlib.crc32(data, crc)
-        f.seek(8 + text.index(b'"00000000"') + 1)
+        f.seek(8 + text.index(b'"crc32": "00000000"') + len('"crc32": "'))
         f.write(f"{crc:08x}".encode())
 
 
@@ -421,6 +421,9 @@ def restore(state: dict, path: Path, model: SmolLM2, optimizer, scaler):
             kinds |= {t.dtype for t in moments[i].values()}
         if kinds != {torch.float32}:
             raise ValueError("numbers that are not float32")
+        numbers = [*state["model"].values(), *(t for entry in moments.values() for t in entry.values())]
+        if not all(bool(torch.isfinite(t).all()) for t in numbers):
+            raise ValueError("numbers that are not finite")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if scaler.is_enabled() and state["scaler"]:

@@ -53,14 +53,14 @@ class Rows:
                 f"{file} has {tokens:,} tokens; --block_size={block_size} needs {block_size + 1:,}. Use more text, or "
                 f"--block_size={max(1, tokens - 1)} or less."
             )
-        self.file = open(file, "rb")  # not np.memmap: its pages would count as memory of this process
+        self.name, self.file = file, open(file, "rb")  # not np.memmap: its pages would count as memory of this process
         self.tokens, self.T, self.seed, self.noise, self.vocab_size = tokens, block_size, seed, noise, vocab_size
         self.per_epoch = tokens // block_size
         self.epoch = -1
 
     def read(self, start: int, count: int) -> np.ndarray:
         self.file.seek(2 * start)
-        return np.frombuffer(self.file.read(2 * count), dtype="<u2").astype(np.int64)
+        return checked(self.file.read(2 * count), count, self.name, self.vocab_size)
 
     def __getitem__(self, row: int) -> np.ndarray:  # (T + 1,) int64
         epoch, i = divmod(row, self.per_epoch)
@@ -93,6 +93,15 @@ class Rows:
         return len(rows) * self.T
 
 
+def checked(data: bytes, count: int, file, vocab_size: int) -> np.ndarray:
+    """`data` as (count,) int64 ids. UserError where the file has been cut short, or holds ids of another tokenizer."""
+    ids = np.frombuffer(data, dtype="<u2").astype(np.int64)
+    if len(ids) < count or (vocab_size and ids.max(initial=0) >= vocab_size):
+        what = "has been cut short" if len(ids) < count else f"holds ids beyond the vocabulary of {vocab_size:,}"
+        raise UserError(f"{file} {what}. Make it again with prepare.py.")
+    return ids
+
+
 class Conversations:
     """Conversations by row number, one a row. Only what is to be learnt is a target; the rest of a row, and what fills
     it up to the longest of the batch, is -100. Conversations in rows of their own cannot see each other.
@@ -102,7 +111,7 @@ class Conversations:
     the cut is left out.
     """
 
-    def __init__(self, file, block_size: int, seed: int, group: int):
+    def __init__(self, file, block_size: int, seed: int, group: int, vocab_size: int = 0):
         mask = np.fromfile(Path(file).with_suffix(".mask.bin"), np.uint8)
         begins = np.flatnonzero(mask == 2)
         lengths = np.diff([*begins, len(mask)])
@@ -113,7 +122,7 @@ class Conversations:
         self.lengths = np.minimum(self.lengths, block_size + 1)
         if len(self.begins) == 0:
             raise UserError(f"{file}: no conversation has an answer within --block_size={block_size} tokens.")
-        self.ids, self.mask = open(file, "rb"), mask
+        self.name, self.ids, self.mask, self.vocab_size = file, open(file, "rb"), mask, vocab_size
         self.T, self.seed, self.group, self.per_epoch = block_size, seed, group, len(self.begins)
         self.epoch, self.order, self.step, self.sorted = -1, None, -1, None
 
@@ -136,7 +145,7 @@ class Conversations:
         """Ids and mask of conversation n."""
         begin, length = int(self.begins[n]), int(self.lengths[n])
         self.ids.seek(2 * begin)
-        ids = np.frombuffer(self.ids.read(2 * length), dtype="<u2").astype(np.int64)
+        ids = checked(self.ids.read(2 * length), length, self.name, self.vocab_size)
         return ids, self.mask[begin : begin + length]
 
     def filled(self, numbers, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,17 +181,21 @@ class Conversations:
         )
 
 
-def validation_conversations(file, block_size: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+def validation_conversations(
+    file, block_size: int, limit: int, vocab_size: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (N, T) of the held-out conversations, or of `limit` of them, spread evenly; the shortest
     first."""
-    held = Conversations(file, block_size, seed=0, group=1)
+    held = Conversations(file, block_size, seed=0, group=1, vocab_size=vocab_size)
     n = held.per_epoch
     chosen = range(n) if n <= limit else np.linspace(0, n - 1, limit).round().astype(int)
     chosen = sorted(map(int, chosen), key=lambda i: held.lengths[i])
     return held.filled(chosen, int(held.lengths[chosen[-1]]) - 1)
 
 
-def validation_rows(file, tokens: int, block_size: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+def validation_rows(
+    file, tokens: int, block_size: int, limit: int, vocab_size: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (N, T) of all of the validation split, the last row filled up with -100, which no loss counts;
     if there are more than `limit`, of that many at even distances. Always the same rows in the same order, and no
     others are read."""
@@ -192,8 +205,8 @@ def validation_rows(file, tokens: int, block_size: int, limit: int) -> tuple[tor
     with open(file, "rb") as f:
         for row, i in zip(rows, chosen):
             f.seek(2 * int(i) * block_size)
-            piece = np.frombuffer(f.read(2 * (block_size + 1)), dtype="<u2")
-            row[: len(piece)] = piece
+            count = min(block_size + 1, tokens - int(i) * block_size)
+            row[:count] = checked(f.read(2 * count), count, file, vocab_size)
     rows = torch.from_numpy(rows)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 

@@ -100,9 +100,13 @@ def file_sha256(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+class Busy(UserError):
+    """Another process holds the lock of a folder."""
+
+
 @contextmanager
 def exclusive(folder: Path, doing: str):
-    """Only one process at a time in `folder`, which is made if need be. UserError while another holds the lock.
+    """Only one process at a time in `folder`, which is made if need be. Busy while another holds the lock.
 
     The lock is the operating system's, which releases it when a process ends, also by kill -9.
     """
@@ -111,7 +115,7 @@ def exclusive(folder: Path, doing: str):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder} is {doing} by another process right now. Wait for it, or stop it.") from None
+        raise Busy(f"{folder} is {doing} by another process right now. Wait for it, or stop it.") from None
     try:
         yield
     finally:
@@ -119,14 +123,19 @@ def exclusive(folder: Path, doing: str):
 
 
 class Log:
-    """log.jsonl: one line per log step, evaluation and sample. After a resume, lines beyond its step are dropped: those
-    steps are about to happen again."""
+    """log.jsonl: one line per log step, evaluation and sample. After a resume, lines beyond its step are dropped, and
+    evaluations and samples that its state knows nothing of: those are about to happen again."""
 
-    def __init__(self, path: Path, step: int, say=print):
+    def __init__(self, path: Path, step: int, evaluated: int = -1, sampled: int = -1, say=print):
         self.path, self.say = path, say
+        last = {"val_loss": evaluated, "sample": sampled}
         if path.is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if self.step_of(line) <= step]
+            rows = [
+                (line, self.step_of(line), next((last[key] for key in last if f'"{key}"' in line), step))
+                for line in lines
+            ]
+            kept = [line for line, at, known in rows if at <= min(step, known)]
             with atomic(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

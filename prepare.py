@@ -66,6 +66,7 @@ STRETCH = 1 << 18  # characters without a space or line break that are held; a l
 LINE = 16 << 20  # characters of a line of a .jsonl file, which is held whole
 MANY = 10  # different documents, from which a hash chooses those for validation
 HASHES = 1 << 16
+PORTION = 1 << 22  # characters of conversations that are rendered at once
 TOKENIZER_BYTES = 16 << 20  # of text that a tokenizer is trained on: more make hardly a better one
 DISTINCT_BYTES = 2 << 20  # of different words in it: training takes up to 140 times as much memory
 # Parts of a text for the trainer, which is quadratic in the length of a word; and about what it takes for a word.
@@ -154,6 +155,8 @@ def read_pieces(source: Source, sha256=None) -> Iterator[tuple[str, int, bool]]:
     JSON. UserError names what cannot be read. `sha256`, if given, is updated with the files' bytes."""
     for file in source.files:
         if file.suffix.lower() != ".jsonl":
+            if source.chat:
+                raise UserError(f"{file} is no .jsonl file, and the others hold conversations. Leave it out.")
             yield from in_pieces(read_text(file, sha256))
             continue
         for text in read_jsonl(file, sha256, source.chat):
@@ -210,8 +213,8 @@ def messages_of(row) -> list[dict]:
 
 def holds_conversations(files: list[Path]) -> bool:
     """Whether the first line of the first .jsonl file is a conversation."""
-    first = next((file for file in files if file.suffix.lower() == ".jsonl"), None)
-    line = next((line for line in read_lines(first, None) if line.strip()), "") if first else ""
+    lines = (line for file in files if file.suffix.lower() == ".jsonl" for line in read_lines(file, None))
+    line = next((line for line in lines if line.strip()), "")
     return any(f'"{key}"' in line for key in ("messages", "conversations", "completion")) and '"text"' not in line
 
 
@@ -281,6 +284,8 @@ def scan(files: list[Path]) -> Source:
             bar.update(size)
     if source.documents == 0:
         raise UserError(f"{', '.join(map(str, files[:3]))}: no text in it. An empty file cannot be trained on.")
+    if source.chat and source.documents == 1:
+        raise UserError(f"{files[0]}: too few conversations to split into training and validation.")
     source.sha256 = sha256.hexdigest()
     return source
 
@@ -597,7 +602,7 @@ def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files
     template = template_for(s.tokenizer, tokenizer)
     files["chat_template.jinja"].write_text(template.text, encoding="utf-8")
     counts = {f"{part}_{what}": 0 for part in ("train", "val") for what in ("tokens", "learnt", "bytes")}
-    waiting, end = {"train": [], "val": []}, None
+    waiting, held, end = {"train": [], "val": []}, {"train": 0, "val": 0}, None
     with ExitStack() as stack:
         out = {name: stack.enter_context(open(file, "wb")) for name, file in files.items() if name.endswith(".bin")}
         bar = stack.enter_context(tqdm(total=source.documents, unit=" talks", desc="encoding", disable=None))
@@ -622,8 +627,10 @@ def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files
 
         for part, _, text in split(source, s.val_fraction):
             waiting[part].append(json.loads(text))
-            if len(waiting[part]) == 500:
+            held[part] += len(text)
+            if len(waiting[part]) == 500 or held[part] > PORTION:
                 encode(part)
+                held[part] = 0
         encode("train")
         encode("val")
     if not (counts["train_learnt"] and counts["val_learnt"]):

@@ -23,7 +23,7 @@ import sys
 import time
 import typing
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,7 +47,7 @@ from device import (
     pick_device,
     undo_compile,
 )
-from files import Log, damage_named, exclusive, file_sha256
+from files import Busy, Log, damage_named, exclusive, file_sha256
 from model import SmolLM2, SmolLM2Config
 from sample import generate
 
@@ -142,24 +142,27 @@ class Run:
         # the data
         self.folder, self.meta = find_data(data)
         train, val, self.chat = self.folder / "train.bin", self.folder / "val.bin", "train_learnt" in self.meta
+        vocab_size = self.meta["vocab_size"]
+        if self.chat and s.token_noise:
+            raise UserError("--token_noise is for text: conversations are learnt as they are.")
         if self.chat:
-            self.rows = Conversations(train, s.block_size, s.seed, s.global_batch_size)
-            self.val_rows = validation_conversations(val, s.block_size, s.eval_rows)
+            self.rows = Conversations(train, s.block_size, s.seed, s.global_batch_size, vocab_size)
+            self.val_rows = validation_conversations(val, s.block_size, s.eval_rows, vocab_size)
         else:
-            tokens, vocab_size = self.meta["train_tokens"], self.meta["vocab_size"]
-            self.rows = Rows(train, tokens, s.block_size, s.seed, s.token_noise, vocab_size)
-            self.val_rows = validation_rows(val, self.meta["val_tokens"], s.block_size, s.eval_rows)
+            self.rows = Rows(train, self.meta["train_tokens"], s.block_size, s.seed, s.token_noise, vocab_size)
+            self.val_rows = validation_rows(val, self.meta["val_tokens"], s.block_size, s.eval_rows, vocab_size)
         facts = "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()
         self.facts = {key: self.meta[key] for key in facts}  # what must be the same on a resume
 
         # the state to resume from, if there is one
-        state_file, state = self.out_dir / "state.pt", None
+        self.state_file, state = self.out_dir / "state.pt", None
         self.p = Progress(lr_decay_iters=s.lr_decay_iters or s.max_iters)
-        self.resumed = s.init_from == "resume" or (s.init_from != "scratch" and state_file.is_file())
+        self.resumed = goes_on(s)
         self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
+        self.kept_loss, self.kept_step = math.inf, -1  # of the model that out_dir holds
+        self.sound = -1  # the step at which check_sound() found it so
         if self.resumed:
-            state_file, state, self.p, self.saved = resume(s, self.facts, state_file)
-            self.origin = state["settings"]["init_from"]
+            state = resume(self)
         for warning in check_schedule(s, self.p.lr_decay_iters):
             self.say(f"!! {warning}")
 
@@ -176,7 +179,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")  # TF32 for what stays in fp32
         if self.resumed:
-            checkpoint.restore(state, state_file, self.model, self.optimizer, self.scaler)
+            checkpoint.restore(state, self.state_file, self.model, self.optimizer, self.scaler)
 
         # rows of a step: all, this process's share, and how many go through the model at a time
         self.step_tokens = s.global_batch_size * s.block_size
@@ -192,20 +195,28 @@ class Run:
         if s.compile == "auto" and self.chat:
             self.compiled, self.compile_reason = False, "conversations differ in length, and each would be compiled"
 
-        # the command that continues this run
-        arguments = shlex.join(sys.argv)
-        self.command = f"python {arguments}" if world == 1 else f"the same torchrun command ({arguments})"
+    def again(self, **changes) -> str:
+        """The command that goes on with this run, with some of its settings changed."""
+        if self.s.init_from == "scratch":  # which would begin anew
+            changes["init_from"] = "auto"
+        if "accept_changes" in changes:
+            changes["accept_changes"] = ",".join(dict.fromkeys([*changes_accepted(self.s), changes["accept_changes"]]))
+        kept = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0].replace("-", "_") not in changes]
+        line = shlex.join([*kept, *(f"--{key}={value}" for key, value in changes.items())])
+        return f"python {line}" if self.world == 1 else f"torchrun, as before, with {line}"
 
 
 def main():
     s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
     check_settings(s)
     if s.init_from not in ("auto", "resume", "scratch"):
-        if not Path(s.out_dir, "state.pt").is_file():  # else the model is not needed any more
+        if not goes_on(s):  # else the model is not needed any more
             checkpoint.find(s.init_from)
         if data.tokenizer == "bpe":
-            data.tokenizer = s.init_from  # no other fits the weights
+            data.tokenizer = str(Path(s.init_from))  # no other fits the weights
     prepare_data(data)
+    if goes_on(s) and data.tokenizer == "bpe":
+        data.tokenizer = prepare.read_meta(data.dataset)["tokenizer"]  # check_resume() knows if it is another
     keep_freed_memory()
     rank, world, device = join_processes(pick_device(s.device))
     try:
@@ -221,9 +232,13 @@ def main():
 def prepare_data(data: prepare.Settings):
     """Prepare the data if they are not there. The first process of each machine does it, and the others look for its
     last file: processes that have joined already would give up waiting for each other after some minutes."""
-    ready = prepare.DATA / data.dataset / "meta.json"
-    if not ready.is_file() and os.environ.get("LOCAL_RANK", "0") == "0":
-        prepare.prepare(data)
+    ready, several = prepare.DATA / data.dataset / "meta.json", "RANK" in os.environ
+    if not ready.is_file() and (not several or os.environ.get("LOCAL_RANK", "0") == "0"):
+        try:
+            prepare.prepare(data)
+        except Busy:  # by the first process of another machine, on a disk that both share
+            if not several:
+                raise
     while not ready.is_file():
         time.sleep(0.5)
 
@@ -231,11 +246,17 @@ def prepare_data(data: prepare.Settings):
 def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
     """One run, or what is left of it. A function of its own, so that DDP is gone before the processes part."""
     run = Run(s, data, rank, world, device)
+    if world > 1:
+        seen = [None] * world
+        dist.all_gather_object(seen, (run.resumed, asdict(run.p), run.facts))
+        if any(other != seen[0] for other in seen):
+            raise UserError(f"the processes do not see the same run in {run.out_dir}: all need one disk for it.")
     announce(run)
     if not already_finished(run):
-        begin(run)
+        set_up(run)
         if run.p.step < s.max_iters:  # else only an evaluation is left
             rehearse(run)
+        begin(run)
         loop(run)
     if world > 1:
         dist.barrier()  # the first process may still be saving, or printing a sample
@@ -254,6 +275,7 @@ def loop(run: Run):
         # print a sample, evaluate, keep the best model, save what a resume needs
         if sample_is_due(run):
             print_sample(run)
+            shown_at, shown_step = time.perf_counter(), p.step
         if evaluation_is_due(run):
             if run.saved is None and p.step > 0:
                 save(run)  # first, so that no trained model is ever without the state it came from
@@ -265,7 +287,7 @@ def loop(run: Run):
                 say(f"stopping: no better validation loss in {s.patience} evaluations, since {p.best_step:,}")
                 return
         if p.step >= s.max_iters:
-            best = f"best validation loss {p.best_val_loss:.4f} at step {p.best_step:,}"
+            best = f"the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}"
             say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, {best}")
             say(f"sample: python sample.py --model={shlex.quote(s.out_dir)}")
             return
@@ -298,7 +320,8 @@ def loop(run: Run):
             bad_steps = 0
             p.recent_loss = loss if p.recent_loss is None else 0.9 * p.recent_loss + 0.1 * loss
         else:
-            bad_steps += 1
+            if not math.isfinite(loss) or scaler.get_scale() <= 1:  # 1 where there is no scaler
+                bad_steps += 1
             p.skipped += 1
             say(f"!! step {p.step}: loss {loss}, gradient norm {norm}; skipped ({p.skipped} so far)")
             if bad_steps == 5:
@@ -316,7 +339,7 @@ def loop(run: Run):
             break
     if not save(run):
         raise UserError(f"stopped at step {p.step:,} and not saved. {last_good(run)}")
-    say(f"stopped at step {p.step:,}, saved. Go on with: {run.command}")
+    say(f"stopped at step {p.step:,}, saved. Go on with: {run.again()}")
 
 
 def micro_batches(run: Run, step: int) -> list[range]:
@@ -410,8 +433,9 @@ def check_schedule(s: Settings, decay_iters: int) -> list[str]:
             "steps overlap. Use a shorter warmup or decay, or more steps."
         )
     warnings = []
-    if s.warmup_iters >= decay_iters > 0:
-        warnings.append(f"--warmup_iters={s.warmup_iters}: the run ends at {decay_iters:,}, before the peak is reached")
+    end = min(s.max_iters, decay_iters) if s.lr_schedule != "constant" else s.max_iters
+    if s.warmup_iters >= end > 0:
+        warnings.append(f"--warmup_iters={s.warmup_iters}: it ends at step {end:,}, before the peak is reached")
     if s.min_lr > s.learning_rate and s.lr_schedule != "constant":
         warnings.append(f"--min_lr={s.min_lr:g} is above --learning_rate={s.learning_rate:g}: the rate will rise")
     return warnings
@@ -456,14 +480,15 @@ def evaluation(run: Run) -> bool:
         step=p.step, val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss, best=best,
         seconds=round(p.seconds, 1),
     )  # fmt: skip
-    if best:
+    if loss < run.kept_loss and (run.saved is not None or p.step == 0):
         header = dict(step=str(p.step), val_loss=f"{loss:.6f}", val_bpb=f"{bpb:.6f}")
         try:
             checkpoint.save_pretrained(run.model, run.out_dir, header | {"tokenizer_sha256": meta["tokenizer_sha256"]})
+            run.kept_loss, run.kept_step = loss, p.step
         except OSError as error:
-            run.say(f"!! the best model could not be written ({error}); the previous one is kept and training goes on")
+            run.say(f"!! the model could not be written ({error}); the previous one is kept and training goes on")
     elif p.since_best >= 3:
-        run.say(f"     overfitting since step {p.best_step:,}: that model, the best, is what {run.out_dir} holds")
+        run.say(f"     overfitting since step {p.best_step:,}; {run.out_dir} holds the model of step {run.kept_step:,}")
     return True
 
 
@@ -584,11 +609,12 @@ def announce(run: Run):
     else:
         say("peak     unknown, so no MFU: --peak_tflops")
     if run.resumed:
-        say(f"resume   {run.out_dir}/state.pt at step {p.step:,}, best validation loss {p.best_val_loss:.4f}")
+        say(f"resume   {run.state_file} at step {p.step:,}, best validation loss {p.best_val_loss:.4f}")
         if s.max_iters > p.lr_decay_iters and s.lr_schedule != "constant":
+            stretched = run.again(lr_decay_iters=s.max_iters, accept_changes="lr_decay_iters")
             say(
                 f"!! the schedule ends at step {p.lr_decay_iters:,}, and the rest runs at min_lr={s.min_lr:g}. To "
-                f"stretch it: {run.command} --lr_decay_iters={s.max_iters} --accept_changes=lr_decay_iters"
+                f"stretch it: {stretched}"
             )
 
 
@@ -596,42 +622,49 @@ def already_finished(run: Run) -> bool:
     """Whether the run had come to its end before; prints what would continue it."""
     s, p = run.s, run.p
     if p.step >= s.max_iters and p.evaluated == p.step:
-        run.say(f"finished at step {p.step:,}. More steps: {run.command} --max_iters={2 * s.max_iters}")
+        run.say(f"finished at step {p.step:,}. More steps: {run.again(max_iters=2 * s.max_iters)}")
         return True
     if run.resumed and s.patience and p.since_best >= s.patience:
-        run.say(f"stopped by patience at step {p.step:,}. To go on: {run.command} --patience={2 * s.patience}")
+        run.say(f"stopped by patience at step {p.step:,}. To go on: {run.again(patience=2 * s.patience)}")
         return True
     return False
 
 
+def set_up(run: Run):
+    """Make everything ready for the first step; nothing is written yet."""
+    if run.compiled:  # in place, so no name gets a prefix
+        compile_for_training(run.model)
+    run.trained = run.model
+    if run.world > 1:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in pieces
+        run.trained = DistributedDataParallel(run.model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    run.tokenizer = checkpoint.read_tokenizer(run.folder)
+    run.stop = StopSignal(run.rank)
+
+
 def begin(run: Run):
-    """Make the folder a complete model directory, and everything ready for the first step."""
+    """Make the folder a complete model directory."""
     s, p, out_dir, model = run.s, run.p, run.out_dir, run.model
     first_save = min(s.max_iters, (p.step // s.eval_interval + 1) * s.eval_interval)
     run.say(f"saves    to {out_dir}, first at step {first_save:,}, then every {s.eval_interval:,} steps")
-    if run.rank == 0:
-        if not run.resumed:
-            for name in ("state.pt", "stable.pt", "log.jsonl"):
-                (out_dir / name).unlink(missing_ok=True)
-            tokenizer, eos = run.folder / "tokenizer.json", run.meta["eos_token"]
-            context = model.config.max_position_embeddings
-            template = run.folder / "chat_template.jinja" if run.chat else None
-            checkpoint.save_tokenizer(out_dir, tokenizer, eos, context, run.source_dir, template)
-            first_weights = dict(step="0", tokenizer_sha256=run.meta["tokenizer_sha256"])
-            if run.source_dir is None:
-                first_weights["untrained"] = "true"
-            checkpoint.save_pretrained(model, out_dir, first_weights)
-        for stale in [*out_dir.glob("*.tmp"), *out_dir.glob(".tmp*")]:  # of a killed process; the second: safetensors'
-            stale.unlink()
-        run.log = Log(out_dir / "log.jsonl", p.step, run.say)
-    if run.compiled:  # in place, so no name gets a prefix
-        compile_for_training(model)
-    run.trained = model
-    if run.world > 1:
-        torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in pieces
-        run.trained = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    run.tokenizer = checkpoint.read_tokenizer(run.folder)
-    run.stop = StopSignal(run.rank)
+    if run.rank > 0:
+        return
+    if not run.resumed:
+        for name in ("state.pt", "stable.pt", "log.jsonl"):
+            (out_dir / name).unlink(missing_ok=True)
+    if not run.resumed or not (out_dir / "tokenizer.json").is_file():
+        tokenizer, eos = run.folder / "tokenizer.json", run.meta["eos_token"]
+        template = run.folder / "chat_template.jinja" if run.chat else None
+        context = model.config.max_position_embeddings
+        checkpoint.save_tokenizer(out_dir, tokenizer, eos, context, run.source_dir, template)
+    if not run.resumed:
+        first_weights = dict(step="0", tokenizer_sha256=run.meta["tokenizer_sha256"])
+        if run.source_dir is None:
+            first_weights["untrained"] = "true"
+        checkpoint.save_pretrained(model, out_dir, first_weights)
+    for name in ("state.pt", "stable.pt", "log.jsonl", "model.safetensors", "config.json", "generation_config.json"):
+        (out_dir / f"{name}.tmp").unlink(missing_ok=True)  # of a process that was killed
+    run.log = Log(out_dir / "log.jsonl", p.step, p.evaluated, p.sampled, run.say)
 
 
 def rehearse(run: Run):
@@ -644,6 +677,8 @@ def rehearse(run: Run):
             # the first two, since the second runs beside the gradients of the first; the last may be shorter
             for batch in batches[:2] + batches[2:][-1:]:
                 forward_backward(run, batch, last=True)
+            if run.compiled:
+                compare_with_eager(run, batches[0])
             break
         except Exception as error:
             recover(run, error)
@@ -655,6 +690,21 @@ def rehearse(run: Run):
     run.p.seconds += time.perf_counter() - started
     if run.compiled:
         run.say(f"         compiled and tried in {time.perf_counter() - started:.0f} s")
+
+
+def compare_with_eager(run: Run, batch: range):
+    """RuntimeError where the compiled blocks have other gradients than the same blocks as they are written: a compiler
+    may be wrong on one processor and right on all others. Every parameter's norm is compared; rounding moves it by a
+    few percent in bfloat16, a wrong kernel by all of it."""
+    norms = []
+    for stance in ("default", "force_eager"):
+        run.optimizer.zero_grad(set_to_none=True)
+        with torch.compiler.set_stance(stance):
+            forward_backward(run, batch, last=True)
+        norms.append(torch.stack([p.grad.norm() for p in run.model.parameters()]))
+    compiled, eager = norms
+    if not bool(((compiled - eager).abs() <= 0.2 * eager + 1e-6 * eager.max()).all()):
+        raise RuntimeError("the compiled blocks have other gradients than the plain ones on this machine")
 
 
 def recover(run: Run, error: Exception):
@@ -692,43 +742,60 @@ def check_settings(s: Settings):
     out_dir = Path(s.out_dir)
     if not s.out_dir.strip():
         raise UserError("--out_dir is empty: expected a folder for the run, such as out/run.")
-    if s.init_from == "scratch" or (out_dir / "state.pt").is_file():
+    if s.init_from == "scratch" or goes_on(s):
         return
     if s.init_from == "resume":
         raise UserError(f"{out_dir}/state.pt not found: nothing to resume. Without --init_from=resume the run begins.")
     # weights of step 0 are those that a run began with; all others are somebody's work
-    if checkpoint.holds_weights(out_dir) and checkpoint.metadata(out_dir).get("step") != "0":
+    weights = [f.name for pattern in ("*.safetensors", "pytorch_model*.bin") for f in out_dir.glob(pattern)]
+    if weights and (weights != [checkpoint.WEIGHTS] or checkpoint.metadata(out_dir).get("step") != "0"):
         raise UserError(
             f"{out_dir} holds a model and no state.pt to go on from: a run there would overwrite it. Use another "
             f"--out_dir (with --init_from={out_dir} to fine-tune that model), or --init_from=scratch to start over."
         )
 
 
+def goes_on(s: Settings) -> bool:
+    """Whether there is a run to go on with, and nothing else was asked for."""
+    return s.init_from != "scratch" and Path(s.out_dir, "state.pt").is_file()
+
+
 def changes_accepted(s: Settings) -> list[str]:
     return [key.strip() for key in s.accept_changes.split(",") if key.strip()]
 
 
-def resume(s: Settings, facts: dict, file: Path) -> tuple[Path, dict, Progress, int]:
-    """The state to go on from: its file, what it holds, the numbers of the run, and the step of state.pt. UserError
-    where the run in it was another, or it is damaged.
+def resume(run: Run) -> dict:
+    """Read the state to go on from, and take the numbers of the run from it. UserError where the run in it was another,
+    or it is damaged.
 
     Where a wsd schedule is stretched after its decay has begun, that is not state.pt but stable.pt, the state at the
-    beginning of the decay; the best model so far stays the best.
+    beginning of the decay. The folder keeps the better model of the two ends.
     """
-    state = checkpoint.load_state(file)
-    check_resume(state, s, facts, file)
-    p = read_progress(state, file)
-    ended, saved = p.lr_decay_iters, p.step
-    if "lr_decay_iters" in changes_accepted(s):
-        p.lr_decay_iters = s.lr_decay_iters or s.max_iters
-    stable = file.with_name("stable.pt")
-    if s.lr_schedule == "wsd" and p.lr_decay_iters > ended and p.step > decay_begins(s, ended) and stable.is_file():
-        file, state, before = stable, checkpoint.load_state(stable), p
-        check_resume(state, s, facts, file)
-        p = read_progress(state, file)
-        p.lr_decay_iters, p.since_best = before.lr_decay_iters, 0
-        p.best_val_loss, p.best_step = before.best_val_loss, before.best_step
-    return file, state, p, saved
+    s, accepted = run.s, changes_accepted(run.s)
+    state = checkpoint.load_state(run.state_file)
+    check_resume(state, s, run.facts, run.state_file)
+    run.p, then = read_progress(state, run.state_file), state["settings"]
+    run.saved, run.origin, ended = run.p.step, then["init_from"], run.p.lr_decay_iters
+    if s.max_iters < run.p.step:
+        raise UserError(f"--max_iters={s.max_iters}: {run.out_dir} is at step {run.p.step:,} already.")
+    stretched = (s.lr_decay_iters or s.max_iters) if "lr_decay_iters" in accepted else ended
+    begun = run.p.step > decay_begins(replace(s, decay_fraction=then["decay_fraction"]), ended)
+    if s.lr_schedule == "wsd" and stretched > ended and begun:
+        stable = run.out_dir / "stable.pt"
+        if stable.is_file():
+            run.say(f"         the schedule is stretched: back from step {run.p.step:,} to where its decay began")
+            run.state_file, state = stable, checkpoint.load_state(stable)
+            run.p = read_progress(state, stable)
+        else:
+            run.say(f"!! {stable} is missing: the rate rises again from a state that has decayed")
+    run.p.lr_decay_iters = stretched
+    if any(s_then != s_now for s_then, s_now in ((then[k], getattr(s, k)) for k in ("eval_rows", "block_size"))):
+        run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")
+        run.p.best_val_loss, run.p.best_step, run.p.since_best = math.inf, -1, 0
+    else:
+        kept = checkpoint.metadata(run.out_dir)
+        run.kept_loss, run.kept_step = float(kept.get("val_loss", "inf")), int(kept.get("step", -1))
+    return state
 
 
 def read_progress(state: dict, file: Path) -> Progress:
@@ -738,8 +805,8 @@ def read_progress(state: dict, file: Path) -> Progress:
             kinds = set(typing.get_args(f.type) or (f.type,))
             if f.name not in state["progress"].keys() | {"sampled"} or type(getattr(p, f.name)) not in kinds:
                 raise ValueError(f"{f.name} is missing, or no number of its kind")
-        if not 0 <= p.step <= state["settings"]["max_iters"]:
-            raise ValueError(f"step {p.step} of a run of {state['settings']['max_iters']} steps")
+        if not 0 <= p.step < 2**40:
+            raise ValueError(f"step {p.step}")
     return p
 
 
@@ -749,7 +816,7 @@ def check_resume(state: dict, s: Settings, facts: dict, path: Path):
     then, now = state["settings"], asdict(s)
     changed = [k for k in now if k not in MAY_CHANGE and k not in accepted and now[k] != then.get(k)]
     problems = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed]
-    if s.init_from not in ("auto", "resume", then.get("init_from")):
+    if s.init_from not in ("auto", "resume") and Path(s.init_from) != Path(str(then.get("init_from"))):
         problems.append(f"it began with init_from={then.get('init_from')}, not {s.init_from}")
     for key, value in facts.items():
         before = state["facts"].get(key)
@@ -758,7 +825,7 @@ def check_resume(state: dict, s: Settings, facts: dict, path: Path):
     if problems:
         remedy = f"Use the old values, another --out_dir, or --init_from=scratch to start {path.parent} over."
         if acceptable := [key for key in changed if key not in ARCHITECTURE]:
-            remedy += f" To go on all the same: --accept_changes={','.join(acceptable)}"
+            remedy += f" To go on all the same: --accept_changes={','.join([*accepted, *acceptable])}"
         raise UserError(f"{path} is of a run with other settings: {'; '.join(problems)}.\n{remedy}")
 
 
@@ -788,17 +855,28 @@ class StopSignal:
 
 
 def check_sound(run: Run):
-    """UserError where there is nothing to go on from: weights, loss or gradient of the next rows are not finite. Finite
-    weights that are far too large give a finite loss and no gradient, so all are looked at before a save."""
+    """UserError where there is nothing to go on from: a weight is not finite, or neither the next rows nor validation
+    rows have a finite loss and gradient. Finite weights that are far too large have a finite loss and no gradient."""
+    if run.sound == run.p.step:
+        return
     first = run.p.step * run.s.global_batch_size  # the same rows in every process, so that all decide alike
-    inputs, targets = run.rows.batch(range(first, first + run.micro), run.device)
-    with run.autocast():
-        _, loss = run.model(inputs, targets, loss_only=True)
-    gradient = torch.autograd.grad(loss, list(run.model.parameters()))
-    if not all(bool(torch.isfinite(t).all()) for t in (loss, *run.model.parameters(), *gradient)):
-        raise UserError(
-            f"weights, loss or gradient are not finite at step {run.p.step:,}, so nothing was saved. {last_good(run)}"
-        )
+    sound = all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
+    for rows in (lambda: run.rows.batch(range(first, first + run.micro), run.device), lambda: validation_batch(run)):
+        with run.autocast():
+            _, loss = run.model(*rows(), loss_only=True)
+        numbers = (loss, *torch.autograd.grad(loss, list(run.model.parameters())))
+        if sound and all(bool(torch.isfinite(t).all()) for t in numbers):
+            run.sound = run.p.step
+            return
+    raise UserError(
+        f"weights, loss or gradient are not finite at step {run.p.step:,}, so nothing was saved. {last_good(run)}"
+    )
+
+
+def validation_batch(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """A micro-batch of validation rows, repeated where there are fewer, so that it has the shape of the others."""
+    chosen = torch.arange(run.micro) % len(run.val_rows[0])
+    return tuple(to_device(rows[chosen], run.device) for rows in run.val_rows)
 
 
 def last_good(run: Run) -> str:

@@ -12,6 +12,7 @@ are reported all at once, with exit code 2, and nothing is started.
 import ast
 import difflib
 import math
+import numbers
 import os
 import re
 import runpy
@@ -42,12 +43,13 @@ class Within:
 
     def __str__(self):
         ends = dict(least="of at least", above="above", most="at most", below="below")
-        return " and ".join(f"{w} {getattr(self, k):,}" for k, w in ends.items() if math.isfinite(getattr(self, k)))
+        ends = {word: getattr(self, key) for key, word in ends.items()}
+        return " and ".join(f"{word} {end:,}" for word, end in ends.items() if abs(end) < 2**63 - 1)
 
 
 # The kinds of number that most settings are. A choice among words is a typing.Literal.
-Count = Annotated[int, Within(least=1)]
-Whole = Annotated[int, Within(least=0)]
+Count = Annotated[int, Within(least=1, most=2**63 - 1)]
+Whole = Annotated[int, Within(least=0, most=2**63 - 1)]
 Seed = Annotated[int, Within(least=0, most=2**63 - 1)]
 Positive = Annotated[float, Within(above=0)]
 NotNegative = Annotated[float, Within(least=0)]
@@ -133,8 +135,11 @@ def convert(value, field, is_flag: bool = False):
             value = {"true": True, "1": True, "false": False, "0": False}[text] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise problem from None
-    elif kind is float and type(value) is int and abs(value) < 2**63:
-        value = float(value)
+    elif not isinstance(value, bool):  # NumPy's numbers, too
+        if kind is float and isinstance(value, numbers.Real) and abs(value) < 2**63:
+            value = float(value)
+        elif kind is int and isinstance(value, numbers.Integral):
+            value = int(value)
     if type(value) is not kind or (kind in (int, float) and value not in within):
         raise problem
     return value

@@ -12,6 +12,7 @@ from pathlib import Path
 from conftest import save_hf_directory, tiny_hf
 
 import app
+from chat import CHATML
 from checkpoint import from_pretrained, save_pretrained
 from files import file_sha256
 
@@ -34,6 +35,13 @@ def make_run(path: Path, seed: int = 0, step: int = 200, evaluated: bool = True)
     save_pretrained(from_pretrained(path), path, facts)
     rows = sorted(LOG + EVALS + SAMPLES, key=lambda row: row["step"])
     (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_chat_run(path: Path, seed: int = 0) -> Path:
+    """A run with a chat template, whose answers end at <|im_end|> and whose context holds a few turns."""
+    save_hf_directory(path, tiny_hf(seed, eos_token_id=2, max_position_embeddings=256))
+    (path / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     return path
 
 

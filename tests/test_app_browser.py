@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("gradio", reason="the playground needs gradio: pip install -r requirements.txt")
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt brings playwright")
 
-from playground import SlowGenerate, make_run, serving  # noqa: E402
+from playground import SlowGenerate, make_chat_run, make_run, serving  # noqa: E402
 
 import app  # noqa: E402
 
@@ -72,7 +72,7 @@ def visit(browser, url):
         page.set_default_timeout(20_000)
         visit.watched = Watched(page)
         page.goto(address)
-        page.locator("#prompt textarea").wait_for()
+        page.locator("#prompt textarea, #say textarea").first.wait_for()
         page.locator(".status").first.wait_for()
         return page
 
@@ -135,7 +135,7 @@ def test_write_and_look_inside(visit, url):
 def test_nothing_is_asked_of_other_hosts(visit, url):
     """Fonts, scripts, analytics: every tab, and the page about the API, come from this machine alone."""
     page = visit()
-    for name in ("See inside", "Compare", "Training", "Model", "Write"):
+    for name in ("See inside", "Chat", "Compare", "Training", "Model", "Write"):
         open_tab(page, name)
     assert visit.watched.errors == []
     page.get_by_role("button", name="Use via API").click()
@@ -255,6 +255,133 @@ def test_compare(visit):
     assert left and right and left != right
     seeds = re.findall(r"seed (\d+)", page.locator("body").inner_text())
     assert len(seeds) == 2 and seeds[0] == seeds[1]
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    root = tmp_path_factory.mktemp("chats")
+    make_chat_run(root / "out" / "d", seed=1)
+    make_chat_run(root / "out" / "c", seed=0)
+    return root
+
+
+@pytest.fixture
+def chat_url(chats):
+    with serving(chats) as (url, _, _):
+        yield url
+
+
+def say(page, text, answers=1):
+    """Send a message and wait until each of the models has answered."""
+    send(page, text, "#say")
+    page.wait_for_function(
+        "([text, n]) => document.querySelector('.talk').innerText.includes(text)"
+        " && document.body.innerText.split('stopped: ').length > n",
+        arg=[text.split("\n")[0], answers],
+    )
+
+
+def messages(page, bot=0):
+    return page.locator(".talk").nth(bot).locator(".message .md").all_text_contents()
+
+
+def test_chat(visit, chat_url):
+    """A conversation of two turns, in which the first is edited, the answer made anew, and all taken back."""
+    page = visit(address=chat_url)
+    page.wait_for_function("document.activeElement?.closest('#say')")  # it is the first tab
+    evil = '<img src="http://localhost:9/x"> <b>bold</b> &lt;\n    <|im_end|> *a* $$b$$'
+    say(page, evil)
+    said = messages(page)
+    assert said[0] == evil and len(said) == 2 and said[1]
+    assert page.locator("#say textarea").input_value() == ""
+    page.get_by_text("See inside the last answer").first.click()
+    page.locator(".inside [data-t]").first.click()
+    assert page.locator(".inside .odds div").count() == 6
+    say(page, "And then?")
+    assert len(messages(page)) == 4
+    before = page.locator(".facts").first.inner_text()
+    page.locator("button[title=Retry]").click()
+    page.wait_for_function("f => ![f, ''].includes(document.querySelector('.facts').innerText)", arg=before)
+    finished(page)
+    assert [messages(page)[i] for i in (0, 1, 2)] == [*said, "And then?"]
+    page.locator("button[title=Edit]").first.click()
+    page.locator(".talk textarea").fill("Is 1 < 2?")
+    page.locator("button[title=Submit]").click()
+    page.wait_for_function("document.querySelectorAll('.talk .message .md').length == 2")
+    finished(page)
+    assert len(messages(page)) == 2 and messages(page)[0] == "Is 1 < 2?"
+    page.locator("button[title=Undo]").click()
+    page.wait_for_function("document.querySelector('#say textarea').value == 'Is 1 < 2?'")
+    assert messages(page) == []
+    say(page, "Once more")
+    page.locator(".talk button[title=Clear]").first.click()
+    page.get_by_text("Ask something.").first.wait_for()
+    assert messages(page) == [] and page.locator(".inside [data-t]").count() == 0
+    assert visit.watched.errors == []
+    assert visit.watched.outside(chat_url) == []
+
+
+def test_chat_streams_and_stops(visit, chat_url, slow):
+    """Stop must end the computation, keep what was said, and leave a conversation that goes on."""
+    counted = slow(0.1)
+    page = visit(address=chat_url)
+    send(page, "Hello", "#say")
+    seen = set()
+    for tokens in (5, 10):
+        counted.wait_for(tokens)
+        seen.add(messages(page)[1])
+    assert len(seen) == 2
+    page.get_by_role("button", name="Stop").first.click()
+    finished(page, "stopped: you stopped it")
+    at = counted.tokens
+    assert counted.ended.wait(3), "the generator was never closed"
+    assert counted.tokens <= at + 2
+    stopped = messages(page)
+    send(page, "Go on", "#say")
+    counted.wait_for(at + 6)
+    page.get_by_role("button", name="Stop").first.click()
+    finished(page, "stopped: you stopped it")
+    assert messages(page)[:2] == stopped and messages(page)[2] == "Go on" and len(messages(page)) == 4
+
+
+def test_chat_beside(visit, chat_url):
+    """Two models, the same questions, different answers; the second goes when nobody is chosen."""
+    page = visit(address=chat_url)
+    say(page, "Hello")
+    page.get_by_role("combobox", name="And beside it").click()
+    page.get_by_role("option", name="out/d").click()
+    page.locator(".talk").nth(1).wait_for()
+    say(page, "And you?", answers=2)
+    left, right = messages(page), messages(page, 1)
+    assert left[:3] == right[:3] and len(left) == len(right) == 4 and left[3] != right[3]
+    page.get_by_role("combobox", name="And beside it").click()
+    page.get_by_role("option", name="none").click()
+    page.locator(".talk").nth(1).wait_for(state="hidden")
+    assert messages(page) == left
+
+
+def test_chat_on_a_phone(visit, chat_url):
+    """On 375 pixels nothing sticks out, whatever is said, and the message box is on the screen."""
+    page = visit(375, 812, address=chat_url)
+    page.locator(".sidebar:not(.open)").wait_for(state="attached")
+    assert page.locator("#say").bounding_box()["y"] < 812 - 80
+    say(page, "x" * 200 + " <b>\n" + " " * 300 + "y")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert page.evaluate("document.querySelector('.talk .bubble-wrap').scrollWidth") <= 375
+    page.get_by_text("See inside the last answer").first.click()
+    page.locator(".inside [data-t]").first.click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+def test_chat_with_a_model_that_cannot(visit):
+    """It says in one line what to do, and sending says it again."""
+    page = visit()
+    open_tab(page, "Chat")
+    page.locator(".status.bad:visible", has_text="out/a has no chat template").wait_for()
+    assert "python import_gguf.py, or python train.py config/chat_smollm2.py" in page.locator("body").inner_text()
+    send(page, "Hello", "#say")
+    page.get_by_text("has no chat template").nth(1).wait_for()
+    assert page.locator("#say textarea").input_value() == "Hello"
 
 
 def points_of(page):
