@@ -13,13 +13,14 @@ DATA = ["prepare", "dataloader"]
 MAY_IMPORT = {name: ORDER[:i] for i, name in enumerate(ORDER)} | {
     "prepare": ["config", "files"],  # no torch: it must start at once
     "dataloader": ["config", "files", "prepare"],
-    "train": ORDER + DATA,
-    "verify_hf": ORDER + DATA + ["train"],
+    "resume": ["config", "files", "checkpoint"],
+    "train": ORDER + DATA + ["resume"],
+    "verify_hf": ORDER + DATA + ["resume", "train"],
     "ggml": ["config", "files"],
-    "export_gguf": ORDER + DATA + ["train", "ggml"],
+    "export_gguf": ORDER + DATA + ["resume", "train", "ggml"],
     "import_gguf": ORDER + DATA + ["ggml"],
-    "app": ORDER + DATA + ["train"],
-    "bench": ORDER + DATA + ["train", "ggml", "export_gguf"],
+    "app": ORDER + DATA + ["resume", "train"],
+    "bench": ORDER + DATA + ["resume", "train", "ggml", "export_gguf"],
 }
 
 

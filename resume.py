@@ -1,0 +1,111 @@
+"""
+What a run may go on from: its numbers, which settings may have changed, and what stands in the way.
+
+    from resume import Progress, check_resume, check_settings, goes_on, read_progress
+
+`s` is always train.py's Settings. The states themselves are read and written by checkpoint.py.
+"""
+
+import math
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import checkpoint
+from config import UserError
+from files import damage_named
+
+# Settings that may differ between a stop and a resume: none of them changes which steps are taken. max_iters may rise,
+# which adds steps at the end of the schedule. Every other change must be named in accept_changes, but for those of the
+# architecture: another shape is another model.
+MAY_CHANGE = (
+    "out_dir init_from accept_changes eval_interval log_interval sample_interval patience micro_batch_size max_iters "
+    "device compile peak_tflops"
+).split()
+ARCHITECTURE = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings initializer_range"
+).split()
+
+
+@dataclass
+class Progress:
+    """The numbers of a run that change as it goes on; state.pt keeps them."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = -1  # the step of the last evaluation
+    sampled: int = -1  # the step of the last printed sample
+    best_val_loss: float = math.inf  # nats per token
+    best_step: int = -1
+    since_best: int = 0  # evaluations since then
+    skipped: int = 0  # steps without a finite loss and gradient
+    seconds: float = 0.0  # spent in steps, and in compiling
+    recent_loss: float | None = None  # moving average of the training loss
+    lr_decay_iters: int = 0  # the step at which the schedule ends
+    compile: bool | None = None  # whether the run began with compiled blocks
+
+
+def check_settings(s):
+    """UserError where settings do not fit each other, or the folder: before anything is prepared or written."""
+    named = changes_accepted(s)
+    unknown = [key for key in named if key not in {f.name for f in fields(s)}]
+    if unknown:
+        raise UserError(f"--accept_changes: {', '.join(unknown)}: no such setting.")
+    if shape := [key for key in named if key in ARCHITECTURE]:
+        raise UserError(
+            f"--accept_changes: {', '.join(shape)}: a run cannot change its model's shape. Use another --out_dir."
+        )
+    out_dir = Path(s.out_dir)
+    if not s.out_dir.strip():
+        raise UserError("--out_dir is empty: expected a folder for the run, such as out/run.")
+    if s.init_from == "scratch" or goes_on(s):
+        return
+    if s.init_from == "resume":
+        raise UserError(f"{out_dir}/state.pt not found: nothing to resume. Without --init_from=resume the run begins.")
+    # weights of step 0 are those that a run began with; all others are somebody's work
+    weights = [f.name for pattern in ("*.safetensors", "pytorch_model*.bin") for f in out_dir.glob(pattern)]
+    if weights and (weights != [checkpoint.WEIGHTS] or checkpoint.metadata(out_dir).get("step") != "0"):
+        raise UserError(
+            f"{out_dir} holds a model and no state.pt to go on from: a run there would overwrite it. Use another "
+            f"--out_dir (with --init_from={out_dir} to fine-tune that model), or --init_from=scratch to start over."
+        )
+
+
+def goes_on(s) -> bool:
+    """Whether there is a run to go on with, and nothing else was asked for."""
+    return s.init_from != "scratch" and Path(s.out_dir, "state.pt").is_file()
+
+
+def changes_accepted(s) -> list[str]:
+    return [key.strip() for key in s.accept_changes.split(",") if key.strip()]
+
+
+def read_progress(state: dict, file: Path) -> Progress:
+    with damage_named(file, checkpoint.way_out_of(file)):
+        p = Progress(**{"sampled": -1} | state["progress"])  # the first version of train.py did not keep that one
+        for f in fields(Progress):
+            kinds = set(typing.get_args(f.type) or (f.type,))
+            if f.name not in state["progress"].keys() | {"sampled"} or type(getattr(p, f.name)) not in kinds:
+                raise ValueError(f"{f.name} is missing, or no number of its kind")
+        if not 0 <= p.step < 2**40:
+            raise ValueError(f"step {p.step}")
+    return p
+
+
+def check_resume(state: dict, s, facts: dict, path: Path):
+    """UserError naming every setting and every fact about the data that differs from the run in `state`."""
+    accepted = changes_accepted(s)
+    then, now = state["settings"], asdict(s)
+    changed = [k for k in now if k not in MAY_CHANGE and k not in accepted and now[k] != then.get(k)]
+    problems = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed]
+    if s.init_from not in ("auto", "resume") and Path(s.init_from) != Path(str(then.get("init_from"))):
+        problems.append(f"it began with init_from={then.get('init_from')}, not {s.init_from}")
+    for key, value in facts.items():
+        before = state["facts"].get(key)
+        if before != value:
+            problems.append(f"the {key.replace('_', ' ')} was {str(before)[:12]}, is {str(value)[:12]}")
+    if problems:
+        remedy = f"Use the old values, another --out_dir, or --init_from=scratch to start {path.parent} over."
+        if acceptable := [key for key in changed if key not in ARCHITECTURE]:
+            remedy += f" To go on all the same: --accept_changes={','.join([*accepted, *acceptable])}"
+        raise UserError(f"{path} is of a run with other settings: {'; '.join(problems)}.\n{remedy}")
