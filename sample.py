@@ -5,11 +5,12 @@ Text from a model: from logits to the next token, generate(), and the command th
     python sample.py --model=out/smol_shakespeare --prompt="ROMEO:" --num_samples=3 --temperature=0.7 --top_k=50
     python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt="Gravity is" --dtype=bfloat16
 
-    from sample import load, generate
+    from checkpoint import load
+    from sample import generate
     model, tokenizer = load("out/smol_shakespeare")
     for ids in generate(model, tokenizer.encode("ROMEO:").ids, max_new_tokens=100): ...     # (B,) ids a step
 
-generate() is the only sampler: app.py, bench.py, train.py and the tests share it.
+generate() is the only sampler: chat.py, app.py, bench.py, train.py and the tests share it.
 """
 
 import sys

@@ -3,7 +3,7 @@ Train SmolLM2 from scratch, or from released weights, on what prepare.py made. S
 
     python train.py config/tiny_shakespeare.py                  # a small model, under four minutes on two CPU cores
     python train.py config/smol_shakespeare.py                  # the full 135M shape, about 25 minutes
-    python train.py config/smol_shakespeare.py --max_iters=5000 # the same run again, longer: it resumes
+    python train.py config/smol_shakespeare.py                  # the same again: it goes on where it stopped
     python train.py config/finetune_smollm2.py                  # from the released weights
     torchrun --standalone --nproc_per_node=8 train.py config/smol_135m.py
 
@@ -266,7 +266,8 @@ def loop(run: Run):
         if p.step >= s.max_iters:
             best = f"the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}"
             say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, {best}")
-            say(f"sample: python sample.py --model={shlex.quote(s.out_dir)}")
+            script = "chat" if run.chat else "sample"
+            say(f"{script}: python {script}.py --model={shlex.quote(s.out_dir)}")
             return
         if s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
             save(run, "stable.pt")  # a run that is prolonged goes on from here
@@ -353,7 +354,7 @@ def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float, step
     s, p = run.s, run.p
     rate = run.rows.size(range((p.step - steps) * s.global_batch_size, p.step * s.global_batch_size)) / seconds
     seconds /= steps
-    if run.peak_source == "measured":  # in a busy moment, where a step does more than that
+    if run.peak_source == "measured":  # perhaps while the machine was busy: a faster step corrects it
         run.peak = max(run.peak, rate * run.model.flops_per_token(s.block_size) / run.world)
     mfu = rate * run.model.flops_per_token(s.block_size) / (run.peak * run.world) if run.peak else None
     eta = int((s.max_iters - p.step) * seconds)
@@ -458,7 +459,7 @@ def evaluation(run: Run) -> bool:
         seconds=round(p.seconds, 1),
     )  # fmt: skip
     if loss < run.kept_loss and (run.saved is not None or p.step == 0):
-        header = dict(step=str(p.step), val_loss=f"{loss:.6f}", val_bpb=f"{bpb:.6f}")
+        header = dict(step=str(p.step), val_loss=repr(loss), val_bpb=f"{bpb:.6f}")
         try:
             checkpoint.save_pretrained(run.model, run.out_dir, header | {"tokenizer_sha256": meta["tokenizer_sha256"]})
             run.kept_loss, run.kept_step = loss, p.step
@@ -599,7 +600,10 @@ def already_finished(run: Run) -> bool:
     """Whether the run had come to its end before; prints what would continue it."""
     s, p = run.s, run.p
     if p.step >= s.max_iters and p.evaluated == p.step:
-        run.say(f"finished at step {p.step:,}. More steps: {run.again(max_iters=2 * s.max_iters)}")
+        longer = dict(max_iters=2 * s.max_iters)
+        if s.lr_schedule != "constant":
+            longer |= dict(lr_decay_iters=2 * s.max_iters, accept_changes="lr_decay_iters")
+        run.say(f"finished at step {p.step:,}. More steps: {run.again(**longer)}")
         return True
     if run.resumed and s.patience and p.since_best >= s.patience:
         run.say(f"stopped by patience at step {p.step:,}. To go on: {run.again(patience=2 * s.patience)}")
@@ -689,8 +693,8 @@ def recover(run: Run, error: Exception):
     error is raised again, and so is every error of one process among several."""
     s = run.s
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    said = "out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"
-    memory = isinstance(error, torch.OutOfMemoryError) or any(words in text for words in said)
+    phrases = "out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"
+    memory = isinstance(error, torch.OutOfMemoryError) or any(phrase in text for phrase in phrases)
     if memory and run.micro > 1 and run.world == 1:
         run.micro //= 2
         run.say(f"!! out of memory: micro-batch {run.micro} from here on, still {s.global_batch_size} rows a step")

@@ -57,7 +57,7 @@ Share = Annotated[float, Within(least=0, below=1)]
 
 # What nanoGPT calls some of these settings, for those who come from there.
 NANOGPT = dict(
-    n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size", batch_size="micro_batch_size",
+    n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size", batch_size="global_batch_size",
     gradient_accumulation_steps="global_batch_size", eval_iters="eval_rows", decay_lr="lr_schedule", start="prompt",
     out_dir="model",
 )  # fmt: skip

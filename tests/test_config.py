@@ -89,7 +89,7 @@ def test_values_given_in_python_are_held_to_the_same_ranges():
 
 def test_nanogpts_names_lead_to_ours(capsys):
     """Who types what nanoGPT called it is told what it is called here."""
-    for flag, ours in (("--n_layer=3", "num_hidden_layers"), ("--batch_size=3", "micro_batch_size")):
+    for flag, ours in (("--n_layer=3", "num_hidden_layers"), ("--batch_size=3", "global_batch_size")):
         with pytest.raises(SystemExit):
             config.override([flag], train.Settings)
         assert f"Did you mean {ours}?" in capsys.readouterr().err
