@@ -395,17 +395,23 @@ CONTROLS = {  # name: (what it does, the rows that must fail, rows that must not
 
 @pytest.mark.parametrize("name", [None, *CONTROLS])
 def test_controls(three, monkeypatch, name):
-    """Each mistake is seen where it is made, and by far; without one, nothing is."""
+    """Each mistake is seen where it is made, and by far; without one, nothing is. On the released weights in the parts
+    and the logits alone: the other rows take minutes there."""
     hf, model, exact, ids = three
+    released = model.config.num_hidden_layers > 2
+    if released and name == "a shifted position":
+        pytest.skip("shows in the rows of the cache alone, which take minutes on the released weights")
     model = copy.deepcopy(model)
     apply, fail, keep = CONTROLS[name] if name else (lambda *_: None, (), ("",))
     apply(monkeypatch, model)
     rows = [*verify_hf.parts(hf, model, ids), *verify_hf.logits(hf, model, exact, ids)]
-    rows += [*verify_hf.gradients(hf, model, exact, ids), *verify_hf.cache(hf, model, exact, ids)]
+    if not released:
+        rows += [*verify_hf.gradients(hf, model, exact, ids), *verify_hf.cache(hf, model, exact, ids)]
     found = {row.name: row.ratio for row in rows if row.ok is not None}
     print(*(f"{name or 'none'}: {row}: {ratio:.3g}" for row, ratio in found.items()), sep="\n")
     for prefix in fail:
         assert all(found[row] >= 10 for row in found if row.startswith(prefix)), found
-        assert any(row.startswith(prefix) for row in found), prefix
+        assert released or any(row.startswith(prefix) for row in found), prefix
+    assert not fail or any(ratio >= 10 for ratio in found.values()), found
     for prefix in keep:
         assert all(found[row] <= 1 for row in found if row.startswith(prefix)), found
