@@ -76,7 +76,8 @@ def read_chat_template(path: Path) -> str | None:
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 29  # what rendering may take
 RENDER = """
 import json, sys
-template, conversations, seconds, size = json.load(sys.stdin)
+given = sys.stdin.read()
+template, conversations, seconds, size = json.loads(given)
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
@@ -97,8 +98,8 @@ environment = ImmutableSandboxedEnvironment(**options)
 environment.globals["raise_exception"] = raise_exception
 compiled = environment.from_string(template)
 texts = [compiled.render(values) for values in conversations]
-if sum(map(len, texts)) > 100_000_000:
-    raise OverflowError("too much text")
+if sum(map(len, texts)) > 500_000 + 10 * len(given):
+    raise OverflowError("many times the text that was put in")
 json.dump(texts, sys.stdout)
 """
 
@@ -110,6 +111,8 @@ def render(template: str, conversations: list[dict]) -> list[str]:
     A template comes with a model, from anyone. Jinja's sandbox keeps it from the machine, but not from looping for ever
     or filling the memory, so it is rendered in a process of its own, whose time and memory are bounded.
     """
+    if len(template) > 1_000_000:
+        raise UserError(f"the chat template has {len(template):,} characters; a million is the most.")
     given = json.dumps([template, conversations, TEMPLATE_SECONDS, TEMPLATE_BYTES])
     options = dict(input=given, capture_output=True, text=True, encoding="utf-8", timeout=TEMPLATE_SECONDS)
     try:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -98,9 +99,12 @@ def test_control_judge(tmp_path, text, real):
     (folder / "old.txt").write_text("old")
     (tmp_path / "script.py").write_text(text)
     case = attack.Case("control", "case", str(tmp_path / "script.py"), 1, ("flag",), leaves="may.*", real=real)
-    memory = (300 << 20) if real else attack.MEMORY  # a fork begins with the memory of this process
-    if "took" in CONTROLS[text] and not real:
-        pytest.skip("the same measure, and what this process holds is not known")
+    memory = 64 << 30  # what is started begins with the memory of this process, which the tests before have filled
+    if "took" in CONTROLS[text]:
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        if held > 250 << 20 or not real:
+            pytest.skip(f"this process holds {held >> 20} MB, and what it starts begins with that")
+        memory = 300 << 20
     wrong = attack.judge(case, folder, seconds=1 if "hung" in CONTROLS[text] else 20, memory=memory)
     assert CONTROLS[text] in wrong if CONTROLS[text] else not wrong
 

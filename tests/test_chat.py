@@ -1242,7 +1242,7 @@ def test_the_command_answers_and_ends_with_its_input(released):
     assert [part.removesuffix("\n") for part in got] == [w for w in wanted if w.strip()] or out.count("\n> ") == 11
     for text in wanted:
         assert f"> {text}\n" in out
-    assert done.stderr.decode().count("/reset begins anew") == 3, "once at the start, for /what, and for an empty line"
+    assert done.stderr.decode().count("/reset: start over") == 3, "once at the start, for /what, and for an empty line"
 
 
 @pytest.mark.slow
