@@ -285,6 +285,11 @@ def messages(page, bot=0):
     return page.locator(".talk").nth(bot).locator(".message .md").all_text_contents()
 
 
+def wait_for_messages(page, count):
+    """The page draws them a moment after the server has sent them."""
+    page.wait_for_function("n => document.querySelectorAll('.talk .message .md').length === n", arg=count)
+
+
 def test_chat(visit, chat_url):
     """A conversation of two turns, in which the first is edited, the answer made anew, and all taken back."""
     page = visit(address=chat_url)
@@ -329,6 +334,7 @@ def test_chat_streams_and_stops(visit, chat_url, slow):
     seen = set()
     for tokens in (5, 10):
         counted.wait_for(tokens)
+        wait_for_messages(page, 2)
         seen.add(messages(page)[1])
     assert len(seen) == 2
     page.get_by_role("button", name="Stop").first.click()
@@ -341,7 +347,8 @@ def test_chat_streams_and_stops(visit, chat_url, slow):
     counted.wait_for(at + 1)
     page.get_by_role("button", name="Stop").first.click()
     finished(page, "stopped: ")  # by the click, or because the model had ended it just before
-    assert messages(page)[:2] == stopped and messages(page)[2] == "Go on" and len(messages(page)) == 4
+    wait_for_messages(page, 4)
+    assert messages(page)[:2] == stopped and messages(page)[2] == "Go on"
 
 
 def test_chat_beside(visit, chat_url):
@@ -454,7 +461,7 @@ def test_keyboard_only(visit):
     page.keyboard.type("What")
     assert page.locator("#prompt textarea").input_value() == "MARA:\nWhat"
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.innerText") == "Generate"
+    page.wait_for_function("document.activeElement.innerText === 'Generate'")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
     finished(page)
