@@ -43,6 +43,7 @@ class Progress:
     recent_loss: float | None = None  # moving average of the training loss
     lr_decay_iters: int = 0  # the step at which the schedule ends
     compile: bool | None = None  # whether the run began with compiled blocks
+    cpu_dtype: str | None = None  # what its products were in on a CPU, where "auto" goes by measured speed
 
 
 def check_settings(s):
@@ -82,10 +83,13 @@ def changes_accepted(s) -> list[str]:
 
 def read_progress(state: dict, file: Path) -> Progress:
     with damage_named(file, checkpoint.way_out_of(file)):
-        p = Progress(**{"sampled": -1} | state["progress"])  # the first version of train.py did not keep that one
+        added = {"sampled": -1, "cpu_dtype": None}  # earlier versions of train.py did not keep these
+        p = Progress(**added | state["progress"])
+        if p.cpu_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"cpu_dtype {p.cpu_dtype}")
         for f in fields(Progress):
             kinds = set(typing.get_args(f.type) or (f.type,))
-            if f.name not in state["progress"].keys() | {"sampled"} or type(getattr(p, f.name)) not in kinds:
+            if f.name not in state["progress"].keys() | added.keys() or type(getattr(p, f.name)) not in kinds:
                 raise ValueError(f"{f.name} is missing, or no number of its kind")
         if not 0 <= p.step < 2**40:
             raise ValueError(f"step {p.step}")

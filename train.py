@@ -37,6 +37,7 @@ import prepare
 from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, override, say
 from dataloader import Conversations, Rows, find_data, to_device, validation_conversations, validation_rows
 from device import (
+    DTYPES,
     compile_for_training,
     join_processes,
     keep_freed_memory,
@@ -151,6 +152,13 @@ class Run:
         # the optimizer and the precision of matrix products; weights are float32
         self.optimizer = make_optimizer(self.model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
         self.dtype, self.dtype_reason = pick_autocast(s.dtype, device)
+        if s.dtype == "auto" and device == "cpu":
+            if self.p.cpu_dtype and "dtype" not in changes_accepted(s):
+                self.dtype, self.dtype_reason = DTYPES[self.p.cpu_dtype], "as when this run began"
+            elif world > 1:  # the first process measured for all
+                chosen = [self.dtype]
+                dist.broadcast_object_list(chosen)
+                self.dtype = chosen[0]
         kind = torch.device(device).type
         self.autocast = partial(torch.autocast, kind, self.dtype) if self.dtype != torch.float32 else nullcontext
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
@@ -668,6 +676,8 @@ def rehearse(run: Run):
             torch.cuda.empty_cache()
     run.optimizer.zero_grad(set_to_none=True)
     run.p.compile = run.compiled
+    if run.device == "cpu":
+        run.p.cpu_dtype = str(run.dtype)[6:]
     run.p.seconds += time.perf_counter() - started
     if run.compiled:
         run.say(f"         compiled and tried in {time.perf_counter() - started:.0f} s")

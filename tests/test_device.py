@@ -27,6 +27,14 @@ def test_precision_goes_by_capability(capability, expected, monkeypatch):
     assert pick_autocast("auto", "cpu")[0] == torch.float32
 
 
+@pytest.mark.parametrize("bf16, fp32, expected", [(2e11, 1e11, torch.bfloat16), (1e11, 2e11, torch.float32)])
+def test_bf16_on_a_cpu_must_be_faster_too(bf16, fp32, expected, monkeypatch):
+    """An Intel Xeon of family 6, model 207 has avx512_bf16, and its products take twice as long as those in fp32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(device, "peak_flops", lambda _, dtype: (bf16 if dtype == torch.bfloat16 else fp32, "measured"))
+    assert pick_autocast("auto", "cpu")[0] == expected
+
+
 def test_mfu_is_not_guessed(monkeypatch):
     """An unknown GPU has no known peak: no number rather than a wrong one."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Frobnicator 9")

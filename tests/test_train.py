@@ -192,6 +192,19 @@ def test_compiled_and_eager_train_alike_and_write_the_same_names(here, monkeypat
 # resuming
 
 
+def test_a_measured_dtype_is_measured_once(here, monkeypatch):
+    """On a CPU --dtype=auto goes by speed, which a busy moment can turn: a run goes on with what it began with, unless
+    another is accepted."""
+    found = {"now": torch.bfloat16}
+    monkeypatch.setattr(train, "pick_autocast", lambda name, device: (found["now"], "measured"))
+    go(monkeypatch, "--dtype=auto", "--max_iters=4")
+    found["now"] = torch.float32
+    go(monkeypatch, "--dtype=auto", "--max_iters=6")
+    assert state()["progress"]["cpu_dtype"] == "bfloat16"
+    go(monkeypatch, "--dtype=auto", "--max_iters=8", "--accept_changes=dtype")
+    assert state()["progress"]["cpu_dtype"] == "float32"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stopped_and_resumed_is_the_same_run_to_the_last_bit(here, monkeypatch, dtype, capsys):
