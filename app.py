@@ -21,10 +21,8 @@ import re
 import sys
 import threading
 import time
-from bisect import bisect_left
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from html import escape, unescape
 from itertools import zip_longest
 from pathlib import Path
@@ -38,9 +36,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from chat import ROLES, Template, read_chat_template
 from checkpoint import find, load, metadata, newest_run
 from config import UserError, Within, guard, is_text, leave_stdout, override
+from conversations import Template, check_messages, read_chat_template
 from device import pick_device, pick_dtype
 from files import damage_named, file_sha256
 from sample import encode_prompt, generate, stream_text
@@ -206,19 +204,6 @@ def spell(tokenizer, i: int) -> str:
     return text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5") or "(nothing)"
 
 
-def checked(messages) -> list[dict]:
-    """The same messages; UserError where they are no conversation that ends with a question."""
-    good = isinstance(messages, list) and all(isinstance(m, dict) for m in messages) and messages
-    for i, m in enumerate(messages if good else []):
-        good = good and isinstance(m.get("content"), str) and is_text(m["content"]) and m.get("role") in ROLES[i > 0 :]
-    if not good or messages[-1]["role"] != "user":
-        raise UserError(
-            "messages: expected a list of {'role': ..., 'content': text without half a surrogate pair}. The roles are "
-            "user and assistant, and system for the first alone; the last message is the user's."
-        )
-    return [dict(role=m["role"], content=m["content"]) for m in messages]
-
-
 def chat_ids(template: Template, messages: list[dict], context: int, room: int) -> list[int]:
     """The ids of a conversation up to where the answer begins. The oldest turns of a long one are left out, until
     `room` positions of the context are free for the answer; the system message and the last question stay.
@@ -227,19 +212,11 @@ def chat_ids(template: Template, messages: list[dict], context: int, room: int) 
     """
     first = int(messages[0]["role"] == "system")
     head, turns = messages[:first], messages[first:][-MAX_MESSAGES:]
-    tails = [head + turns[k:] for k in range(0, len(turns), 2)]
-    tails = [tail for tail in tails if sum(len(m["content"]) for m in tail) <= MAX_CHAT]
-    if not tails:
+    while sum(len(m["content"]) for m in head + turns) > MAX_CHAT and len(turns) > 2:
+        turns = turns[2:]
+    if sum(len(m["content"]) for m in head + turns) > MAX_CHAT:
         raise UserError(f"the message, with the system message, is longer than {MAX_CHAT:,} characters.")
-
-    @cache  # a process that renders the template takes a tenth of a second
-    def ids(k: int) -> list[int]:
-        return template.encode([tails[k]], answer=True)[0][0]
-
-    def fits(k: int) -> bool:
-        return len(ids(k)) + room <= context
-
-    return ids(0 if fits(0) else bisect_left(range(len(tails) - 1), True, key=fits))
+    return template.fit(head + turns, context, room)[0]
 
 
 def write(models: Models, record: Record, name: str, int8: bool, prompt: str, messages=None, **numbers):
@@ -250,7 +227,9 @@ def write(models: Models, record: Record, name: str, int8: bool, prompt: str, me
     """
     numbers = {key: clamp(key, value) for key, value in numbers.items()}
     if messages is not None:
-        messages = checked(messages)
+        messages = check_messages(messages)
+        if messages[-1]["role"] != "user":
+            raise UserError("the last message must be the user's, so that there is something to answer.")
         prompt = messages[-1]["content"] + "\n"  # what is shown before the answer
     if not all(isinstance(text, str) and is_text(text) for text in (prompt, name or "")):
         raise UserError("the prompt and the model's name must be text, and without half a surrogate pair.")

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import chat
 from checkpoint import find, hf_name, load, newest_run
 from config import UserError, guard, override
+from conversations import read_chat_template, render
 from files import atomic, damage_named, read_json
 from ggml import (
     CONTROL,
@@ -309,7 +309,7 @@ def chatml_system(template: str) -> str | None:
     body = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
     values = dict(messages=messages, add_generation_prompt=True, bos_token="", eos_token="<|im_end|>")
     try:
-        text = chat.render(template, [values])[0]
+        text = render(template, [values])[0]
     except UserError:
         return None
     head, found, tail = text.partition(body)
@@ -367,7 +367,7 @@ def export(path, outtype: str = "q8_0", out_dir="") -> Path:
     model, tokenizer = load(source, copy=False)
     with damage_named(source / "tokenizer.json"):
         vocabulary = read_vocabulary(source / "tokenizer.json", tokenizer, model.config.vocab_size)
-    template = chat.read_chat_template(source)
+    template = read_chat_template(source)
     ends = end_tokens(model.config, source)
     check_representable(model, outtype, source)
     file = folder / f"{name}-{outtype}.gguf"

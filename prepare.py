@@ -41,6 +41,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from config import UserError, Whole, Within, check, guard, override, say
+from conversations import CHATML, Template, messages_of, read_chat_template
 from files import atomic, damage_named, exclusive, file_sha256, load_tokenizer, read_json
 
 MAX_VOCAB_SIZE = 65536  # what uint16 can number
@@ -201,13 +202,6 @@ def read_jsonl(file: Path, sha256, chat: bool) -> Iterator[str]:
             raise UserError(f"{file}, line {number}: expected {wanted}.") from None
         if text:
             yield text
-
-
-def messages_of(row) -> list[dict]:
-    """chat.messages_of(), which costs the import of torch, and only those wait for it who have conversations."""
-    import chat
-
-    return chat.messages_of(row)
 
 
 def holds_conversations(files: list[Path]) -> bool:
@@ -595,8 +589,6 @@ def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files
     """Encode all conversations with the model's chat template, or ChatML where it has none. Returns what meta.json says
     of them (bytes are those of the answers), and the token that ends an answer. UserError where one has nothing to
     learn, or the template ends answers with no token of its own."""
-    from chat import template_for
-
     tokenizer.encode_special_tokens = True
     template = template_for(s.tokenizer, tokenizer)
     files["chat_template.jinja"].write_text(template.text, encoding="utf-8")
@@ -635,6 +627,18 @@ def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files
     if not (counts["train_learnt"] and counts["val_learnt"]):
         raise UserError(f"{source.files[0]}: too few conversations to split into training and validation.")
     return counts, end
+
+
+def template_for(name: str, tokenizer: Tokenizer) -> Template:
+    """The template of the model directory or hub id that a tokenizer comes from; ChatML where there is none."""
+    from checkpoint import find  # which costs the import of torch
+
+    file = Path(name).is_file()
+    folder = Path(name).parent if file else Path(name) if Path(name).is_dir() or name in ("bpe", "gpt2") else find(name)
+    text = read_chat_template(folder)
+    if text is None:
+        return Template(CHATML, tokenizer, {})
+    return Template.of(folder, tokenizer)
 
 
 def show_conversations(folder: Path, count: int):

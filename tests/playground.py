@@ -12,8 +12,8 @@ from pathlib import Path
 from conftest import save_hf_directory, tiny_hf
 
 import app
-from chat import CHATML
 from checkpoint import from_pretrained, save_pretrained
+from conversations import CHATML
 from files import file_sha256
 
 LOG = [

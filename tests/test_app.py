@@ -23,9 +23,10 @@ from gradio_client.utils import Status  # noqa: E402
 from playground import SlowGenerate, make_chat_run, make_run, serving  # noqa: E402
 
 import app  # noqa: E402
-from chat import Chat, Template  # noqa: E402
+from chat import Chat  # noqa: E402
 from checkpoint import load  # noqa: E402
 from config import UserError, guard  # noqa: E402
+from conversations import Template  # noqa: E402
 from sample import generate  # noqa: E402
 
 DEFAULTS = {name: default for name, (_, _, default, *_) in app.KNOBS.items()}

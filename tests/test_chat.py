@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny, tiny_hf
 
-import chat
 import checkpoint
+import conversations
 import dataloader
 import prepare
 import sample
 import train
-from chat import CHATML, Chat, Template, render
+from chat import Chat
 from config import UserError
+from conversations import CHATML, Template, render
 from files import load_tokenizer, read_json, write_json
 from model import KVCache
 
@@ -296,7 +297,7 @@ def test_the_end_of_the_users_turn_is_never_learnt(released):
 def test_a_hostile_template_is_an_error_and_no_more(template, tmp_path, monkeypatch):
     """Endless, enormous, wrong or evil: a message within seconds; nothing is run, and this process is unharmed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 2)
+    monkeypatch.setattr(conversations, "TEMPLATE_SECONDS", 2)
     started = time.perf_counter()
     with pytest.raises(UserError, match="the chat template (cannot be|was not) rendered"):
         render(template, [dict(messages=turns("a", "b"))])
@@ -317,17 +318,17 @@ def test_a_template_says_what_it_objects_to():
 def test_a_damaged_template_file_is_named(tmp_path, wrong):
     (tmp_path / "tokenizer_config.json").write_text(wrong)
     with pytest.raises(UserError, match="tokenizer_config.json"):
-        chat.read_chat_template(tmp_path)
+        conversations.read_chat_template(tmp_path)
 
 
 def test_a_template_is_found_in_either_place(tmp_path):
     """chat_template.jinja (transformers 5) before tokenizer_config.json; there as text or as a list of named ones."""
-    assert chat.read_chat_template(tmp_path) is None
+    assert conversations.read_chat_template(tmp_path) is None
     for value in ("one", [dict(name="tool_use", template="no"), dict(name="default", template="one")]):
         write_json(tmp_path / "tokenizer_config.json", dict(chat_template=value))
-        assert chat.read_chat_template(tmp_path) == "one"
+        assert conversations.read_chat_template(tmp_path) == "one"
     (tmp_path / "chat_template.jinja").write_text("two\n")
-    assert chat.read_chat_template(tmp_path) == "two\n"
+    assert conversations.read_chat_template(tmp_path) == "two\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,8 +498,13 @@ def test_a_first_file_that_is_empty_does_not_decide(here):
 @pytest.mark.slow
 def test_long_conversations_are_rendered_in_bounded_portions(here, monkeypatch):
     """However long they are, the process that renders them gets a few megabytes at a time, not 500 conversations."""
-    given, real = [], chat.render
-    monkeypatch.setattr(chat, "render", lambda template, talks: given.append(len(str(talks))) or real(template, talks))
+    given, real = [], conversations.render
+
+    def watched(template, talks, renderer):
+        given.append(len(str(talks)))
+        return real(template, talks, renderer)
+
+    monkeypatch.setattr(conversations, "render", watched)
     monkeypatch.setattr(prepare, "PORTION", 1 << 20)
     meta = prepared([turns(f"{i} " + "word " * 6000, "Aye.") for i in range(100)])
     assert meta["documents"] == 100 and len(given) > 2 and max(given) < 3 * prepare.PORTION  # with marks, and without
@@ -609,7 +615,7 @@ SHAPE = dict(
 TRAIN = Path("data/talks/train.bin")
 
 
-def conversations(block_size=96, seed=1, group=8) -> dataloader.Conversations:
+def some_rows(block_size=96, seed=1, group=8) -> dataloader.Conversations:
     return dataloader.Conversations(TRAIN, block_size, seed, group)
 
 
@@ -617,7 +623,7 @@ def test_every_conversation_once_an_epoch(here):
     """Also where an epoch ends in the middle of a step; each epoch in another order."""
     prepared(count=40)
     for group in (1, 4, 8):
-        rows = conversations(group=group)
+        rows = some_rows(group=group)
         n = rows.per_epoch
         assert n == (bins()[1] == 2).sum()
         whole = math.lcm(n, group)
@@ -632,17 +638,17 @@ def test_every_conversation_once_an_epoch(here):
 def test_a_row_is_a_function_of_seed_and_number(here):
     """Asked for in any order, by another object: the same. Another seed: another order."""
     prepared(count=40)
-    straight = [conversations().number(row) for row in range(100)]
-    rows = conversations()
+    straight = [some_rows().number(row) for row in range(100)]
+    rows = some_rows()
     for row in np.random.default_rng(0).permutation(100):
         assert rows.number(int(row)) == straight[row]
-    assert [conversations(seed=2).number(row) for row in range(100)] != straight
+    assert [some_rows(seed=2).number(row) for row in range(100)] != straight
 
 
 def test_the_rows_of_a_step_stand_in_the_order_of_their_length(here):
     """And they are the conversations that the epoch's order gives this step: sorting moves none to another."""
     prepared(count=40)
-    rows = conversations()
+    rows = some_rows()
     for step in range(6):
         numbers = [rows.number(row) for row in range(8 * step, 8 * step + 8)]
         lengths = [rows.lengths[n] for n in numbers]
@@ -656,7 +662,7 @@ def test_targets_are_the_learnt_tokens_moved_by_one(here):
     is a token like others. Negative control: the mask of token t chooses other tokens."""
     prepared(count=40)
     ids, mask = bins()
-    rows = conversations(block_size=500, group=1)
+    rows = some_rows(block_size=500, group=1)
     begins = [*np.flatnonzero(mask == 2), len(ids)]
     for row in range(rows.per_epoch):
         n = rows.number(row)
@@ -675,7 +681,7 @@ def test_targets_are_the_learnt_tokens_moved_by_one(here):
 def test_a_batch_is_the_same_however_rows_are_grouped(here):
     """But for padding, at whose end nothing is learnt."""
     prepared(count=40)
-    rows = conversations()
+    rows = some_rows()
     inputs, targets = rows.batch(range(8, 16), "cpu")
     for micro in (1, 2, 3):
         for a in range(8, 16, micro):
@@ -700,7 +706,7 @@ def test_what_is_cut_and_what_is_left_out_is_counted(here):
     begins = [*np.flatnonzero(mask == 2), len(ids)]
     lengths = np.diff(begins)
     for block_size in (20, 64, 100, int(lengths.max()) - 1, int(lengths.max()) - 2, 5000):
-        rows = conversations(block_size, group=1)
+        rows = some_rows(block_size, group=1)
         learnt = [(mask[a : min(b, a + block_size + 1)] == 1).sum() for a, b in zip(begins, begins[1:])]
         assert rows.cut == sum(lengths > block_size + 1) and rows.left_out == sum(n == 0 for n in learnt)
         assert rows.per_epoch == len(lengths) - rows.left_out and rows.learnt.tolist() == [n for n in learnt if n]
@@ -708,7 +714,7 @@ def test_what_is_cut_and_what_is_left_out_is_counted(here):
             inputs, targets = rows.batch(range(row, row + 1), "cpu")
             assert inputs.size(1) <= block_size and (targets != -100).sum() == rows.learnt[rows.number(row)]
     with pytest.raises(UserError, match="no conversation has an answer within --block_size=2"):
-        conversations(2)
+        some_rows(2)
 
 
 def test_held_out_conversations_are_all_there_or_spread(here):
@@ -992,11 +998,11 @@ def renders(monkeypatch) -> list[int]:
 
     seen, environment = [], ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
-    def quick(template, values):
+    def quick(template, values, renderer):
         seen.append(len(values))
         return [environment.from_string(template).render(v) for v in values]
 
-    monkeypatch.setattr(chat, "render", quick)
+    monkeypatch.setattr(conversations, "render", quick)
     return seen
 
 
@@ -1128,7 +1134,7 @@ def test_a_full_context_drops_the_oldest_turns(tmp_path, passes, renders):
         assert passes[0][0] + passes[0][1] <= 128 - 20
         assert it.messages[-1]["content"] == fresh(path, it.messages[:-1], 20)
         it.messages.append(dict(role="user", content="x"))
-        text = it.tokenizer.decode(it.fit(20), skip_special_tokens=False)
+        text = it.tokenizer.decode(it.template.fit(it.messages, 128, 20, it.left_out)[0], skip_special_tokens=False)
         it.messages.pop()
         assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user") and text.endswith(
             "assistant\n"

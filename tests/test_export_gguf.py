@@ -21,7 +21,7 @@ from prepare import train_bpe
 from sample import generate
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (requirements-dev.txt)")
-import chat  # noqa: E402
+import conversations  # noqa: E402
 import export_gguf  # noqa: E402
 from export_gguf import export  # noqa: E402
 
@@ -496,9 +496,9 @@ HOSTILE = {
 def test_a_hostile_template_costs_little(kind, monkeypatch):
     """A template comes with a model, from anyone: it must not take the machine's time or memory, here or in the process
     that renders it. The limits are tightened, so that the test ends soon."""
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 3)
+    monkeypatch.setattr(conversations, "TEMPLATE_SECONDS", 3)
     with pytest.raises(UserError, match="chat template") as refused:
-        chat.render(HOSTILE[kind], [dict(messages=[])])
+        conversations.render(HOSTILE[kind], [dict(messages=[])])
     assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
     assert export_gguf.chatml_system(HOSTILE[kind]) is None
 
@@ -516,7 +516,7 @@ def test_templates_render_as_in_transformers(hf_directory):
         expected = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-        found = chat.render(template, [dict(messages=messages, add_generation_prompt=True)])[0]
+        found = conversations.render(template, [dict(messages=messages, add_generation_prompt=True)])[0]
         assert found == expected and "naïve 🦉 <b>" in found
 
 

@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 # each may import those before it
-ORDER = "config files ops model quantize device checkpoint decode sample chat".split()
+ORDER = "config files conversations ops model quantize device checkpoint decode sample chat".split()
 DATA = ["prepare", "dataloader"]
 MAY_IMPORT = {name: ORDER[:i] for i, name in enumerate(ORDER)} | {
-    "prepare": ["config", "files"],  # no torch: it must start at once
+    "prepare": ["config", "files", "conversations"],  # no torch: it must start at once
     "dataloader": ["config", "files", "prepare"],
     "resume": ["config", "files", "checkpoint"],
     "train": ORDER + DATA + ["resume"],

@@ -640,6 +640,23 @@ def test_released_model_writes_the_same_text(released, released_gguf):
 
 
 @pytest.mark.slow
+def test_released_model_answers_alike_everywhere(released, monkeypatch):
+    """Two conversations of several turns, greedy: chat.py, app.py, transformers and llama.cpp's server say the
+    same; tests/tools/same_answers.py has ten. The control asks transformers something else."""
+    pytest.importorskip("xllamacpp", reason="the xllamacpp wheel is not installed (requirements-dev.txt)")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "tools")
+    import same_answers
+
+    compared, different = same_answers.compare(str(released), 2, 12)
+    assert compared >= 12 and not different, different
+    real = same_answers.Clients.by_transformers
+    other = [dict(role="user", content="Say no more.")]
+    monkeypatch.setattr(same_answers.Clients, "by_transformers", lambda self, messages: real(self, other))
+    _, different = same_answers.compare(str(released), 1, 12)
+    assert different and all(line.startswith("transformers") for line in different)
+
+
+@pytest.mark.slow
 def test_memory_stays_below_the_result(released, tmp_path):
     """Importing the wheel's file: under 1.3 times the result, beyond what importing a tiny one takes."""
     if not Path("/proc/self/status").exists():

@@ -30,7 +30,7 @@ import resume
 import sample
 import train
 from config import UserError
-from files import file_sha256
+from files import Busy, file_sha256
 
 SMALL = (
     "--input=t.txt --dataset=t --vocab_size=300 --out_dir=out/t --hidden_size=32 --intermediate_size=48 "
@@ -401,6 +401,96 @@ def test_wsd_can_be_prolonged_from_where_its_decay_began(here, monkeypatch, caps
         monkeypatch, *wsd, "--max_iters=24", "--lr_decay_iters=20"
     )  # without leave to stretch it: said, with the command
     assert "!! the schedule ends at step 20" in capsys.readouterr().out
+
+
+def test_a_stretch_without_its_state_is_said(here, monkeypatch, capsys):
+    """stable.pt was deleted for space: the run goes on from the end, and says what that means. Where the decay had not
+    begun nothing is missing, which is the control."""
+    wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5", "--global_batch_size=4")
+    longer = ("--max_iters=16", "--lr_decay_iters=16", "--accept_changes=lr_decay_iters")
+    for step, missing in ((4, False), (8, True)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            go(patch, *wsd, f"--out_dir=out/{step}")
+        Path(f"out/{step}/stable.pt").unlink(missing_ok=True)
+        capsys.readouterr()
+        go(monkeypatch, *wsd, *longer, f"--out_dir=out/{step}")
+        assert ("stable.pt is missing: the rate rises again" in capsys.readouterr().out) == missing
+        assert state(f"out/{step}")["progress"]["step"] == 16
+
+
+def test_a_stretch_asks_when_the_decay_had_begun(here, monkeypatch, capsys):
+    """Whether to go back is a matter of the decay_fraction that the run had, not of the one it is given now."""
+    wsd = ("--lr_schedule=wsd", "--global_batch_size=4", "--max_iters=12")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        go(patch, *wsd, "--decay_fraction=0.5")  # decays from step 6
+    changed = ("--max_iters=16", "--lr_decay_iters=16", "--accept_changes=lr_decay_iters,decay_fraction")
+    go(monkeypatch, *wsd, "--decay_fraction=0.1", *changed)
+    assert "back from step 9 to where its decay began" in capsys.readouterr().out
+    assert log(key="lr")[7] == 0.01
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model-00001-of-2.safetensors"]
+)
+def test_a_model_of_any_kind_is_not_overwritten(here, monkeypatch, name):
+    """What transformers saved before safetensors, and in shards, is somebody's work as well."""
+    os.makedirs("out/t")
+    Path("out/t", name).write_bytes(b"weights")
+    with pytest.raises(UserError, match="--init_from=scratch"):
+        go(monkeypatch)
+    assert os.listdir("out/t") == [name]
+
+
+@pytest.mark.parametrize("change, anew", [("--eval_rows=3", True), ("--weight_decay=0.2", False)])
+def test_other_validation_rows_begin_the_search_for_the_best_anew(here, monkeypatch, capsys, change, anew):
+    """A loss over other rows cannot be compared: the next model is kept, though its number may be larger."""
+    go(monkeypatch, "--max_iters=4")
+    s = torch.load("out/t/state.pt", weights_only=True)
+    s["progress"]["best_val_loss"] = 0.1  # no later loss is better
+    torch.save(s, "out/t/state.pt")
+    checkpoint.save_pretrained(checkpoint.load("out/t")[0], "out/t", dict(step="4", val_loss="0.1"))
+    go(monkeypatch, "--max_iters=8", change, f"--accept_changes={change[2:].partition('=')[0]}")
+    assert ("the best is sought anew" in capsys.readouterr().out) == anew
+    assert checkpoint.metadata("out/t")["step"] == ("8" if anew else "4")
+
+
+def test_a_resume_makes_the_folder_whole_again(here, monkeypatch):
+    """Only state.pt is left of a run: the end has the files of a run that lost none, and a model as good."""
+    go(monkeypatch, "--max_iters=4", "--lr_decay_iters=8")
+    names = set(os.listdir("out/t"))
+    for name in names - {"state.pt"}:
+        os.remove(f"out/t/{name}")
+    go(monkeypatch, "--max_iters=8", "--lr_decay_iters=8")
+    assert set(os.listdir("out/t")) == names
+    go(monkeypatch, "--max_iters=8", "--out_dir=out/whole")
+    assert same(state()["model"], state("out/whole")["model"])
+    checkpoint.load("out/t")
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_data_that_another_process_prepares(here, monkeypatch, several):
+    """Under torchrun on two machines with one disk, both begin to prepare: the second waits for the first's last file.
+    Without torchrun nobody is known to finish it: an error at once."""
+    if several:
+        monkeypatch.setenv("RANK", "8")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    waited = []
+
+    def busy(data):
+        raise Busy("data/t is being prepared by another process.")
+
+    def sleep(seconds):
+        waited.append(seconds)
+        os.makedirs("data/t")
+        Path("data/t/meta.json").write_text("{}")
+
+    monkeypatch.setattr(prepare, "prepare", busy)
+    monkeypatch.setattr(train.time, "sleep", sleep)
+    with contextlib.nullcontext() if several else pytest.raises(UserError, match="being prepared"):
+        train.prepare_data(prepare.Settings(dataset="t"))
+    assert len(waited) == several
 
 
 @pytest.mark.slow

@@ -1,0 +1,23 @@
+# A chat model from scratch: config/tiny_play.py's model, tuned on the ferrywoman's conversations. It will babble: three
+# million parameters that have read one play know no facts. What it shows is the whole path, in minutes.
+#   python train.py config/tiny_play.py && python train.py config/tiny_chat.py
+#   python chat.py --model=out/tiny_chat
+#   python export_gguf.py --model=out/tiny_chat                     # for llama.cpp and Ollama
+out_dir = "out/tiny_chat"
+init_from = "out/tiny_play"
+tokenizer = "out/tiny_play"  # its chat template is ChatML
+dataset = "tiny_chat"
+input = "data/chat/conversations.jsonl"
+
+block_size = 512
+global_batch_size = 16
+micro_batch_size = 16
+max_iters = 200  # nine times through the conversations
+learning_rate = 1e-3
+min_lr = 0.0
+warmup_iters = 20
+weight_decay = 0.1
+
+eval_interval = 50  # the first evaluation is before step 1
+log_interval = 25
+sample_interval = 100

@@ -1,0 +1,115 @@
+"""
+Does a chat model say the same everywhere? Conversations of several turns, answered greedily in fp32 by chat.py, by the
+playground, by transformers' pipeline, and by llama.cpp's /v1/chat/completions from the exported GGUF file; each of them
+makes the ids from the messages by its own means. It needs gguf, transformers and the xllamacpp wheel.
+
+    python tests/tools/same_answers.py --model=out/chat_smollm2            # ten conversations, some minutes
+
+The questions are those of data/chat/heldout.jsonl, the answers in between the model's own. Exit code 0 if all agree.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+import app
+import export_gguf
+from chat import Chat
+from config import Count, UserError, guard, override
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Settings:
+    model: str = ""  # a model directory with a chat template
+    conversations: Count = 10
+    max_new_tokens: Count = 64  # of an answer; most end before
+
+
+def questions(count: int) -> list[tuple[str, list[str]]]:
+    """(system message or "", what the user says turn by turn) of held-out conversations with two turns and more."""
+    lines = (ROOT / "data" / "chat" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    found = []
+    for messages in (json.loads(line)["messages"] for line in lines):
+        said = {role: [m["content"] for m in messages if m["role"] == role] for role in ("system", "user")}
+        if len(said["user"]) > 1:
+            found.append(("".join(said["system"]), said["user"]))
+    return found[:count]
+
+
+class Clients:
+    """One model in four programs; each entry of `answer` takes the messages so far and gives the next one's text."""
+
+    def __init__(self, model: str, folder: str, length: int):
+        """folder: where the GGUF file is written."""
+        from llamacpp import LlamaCpp
+        from transformers import pipeline
+
+        self.length = length
+        self.chat = Chat(model, dtype=torch.float32)
+        self.models = app.Models(model, "cpu", torch.float32)
+        self.pipeline = pipeline("text-generation", model=model, dtype=torch.float32, device="cpu")
+        self.llamacpp = LlamaCpp(export_gguf.export(model, "f32", folder), context=2048, threads=2)
+        self.answer = {
+            "chat.py": self.by_chat, "app.py": self.by_app, "transformers": self.by_transformers,
+            "llama.cpp": self.by_llamacpp,
+        }  # fmt: skip
+
+    def by_chat(self, messages) -> str:
+        if len(messages) < 3:  # a new conversation; else the one whose beginning it has read already
+            self.chat.reset(messages[0]["content"] if messages[0]["role"] == "system" else "")
+        return "".join(self.chat.answer(messages[-1]["content"], self.length, temperature=0.0))
+
+    def by_app(self, messages) -> str:
+        record, numbers = app.Record(), {name: default for name, (_, _, default, *_) in app.KNOBS.items()}
+        numbers |= dict(temperature=0, max_new_tokens=self.length)
+        for _ in app.write(self.models, record, self.models.extra, False, "", messages, **numbers):
+            pass
+        return record.text
+
+    def by_transformers(self, messages) -> str:
+        done = self.pipeline(messages, max_new_tokens=self.length, do_sample=False)
+        return done[0]["generated_text"][-1]["content"]
+
+    def by_llamacpp(self, messages) -> str:
+        done = self.llamacpp.post("/v1/chat/completions", messages=messages, max_tokens=self.length, temperature=0)
+        return done["choices"][0]["message"]["content"]
+
+
+def compare(model: str, count: int, length: int) -> tuple[int, list[str]]:
+    """(answers compared, a line for each that differs from chat.py's)."""
+    with tempfile.TemporaryDirectory() as folder:
+        clients, compared, different = Clients(model, folder, length), 0, []
+        for system, asked in questions(count):
+            messages = [dict(role="system", content=system)] if system else []
+            for question in asked:
+                messages.append(dict(role="user", content=question))
+                said = {name: answer(messages) for name, answer in clients.answer.items()}
+                for name, text in said.items():
+                    compared += name != "chat.py"
+                    if text != said["chat.py"]:
+                        different.append(f"{name} answers {question!r} with {text!r}, chat.py with {said['chat.py']!r}")
+                messages.append(dict(role="assistant", content=said["chat.py"]))
+        return compared, different
+
+
+def main():
+    (s,) = override(sys.argv[1:], Settings, doc=__doc__)
+    if not s.model:
+        raise UserError("--model is needed: a model directory with a chat template.")
+    compared, different = compare(s.model, s.conversations, s.max_new_tokens)
+    print("\n".join(different) or f"all {compared} answers are those of chat.py")
+    if different:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    guard(main)
