@@ -216,6 +216,20 @@ def validation_rows(
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
 
+def text_rows(ids: np.ndarray, block_size: int, stride: int, limit: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (N, T) of a whole text, given as (tokens,) ids: rows of block_size tokens that begin every
+    `stride` tokens. Each token but the first is a target once, in the first row that reads it. Of more than `limit`
+    rows, that many at even distances; 0 is all."""
+    starts = np.arange(0, max(1, len(ids) - 1 - block_size + stride), stride)
+    if limit and len(starts) > limit:
+        starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(int)]
+    at = starts[:, None] + np.arange(block_size + 1)
+    rows = np.where(at < len(ids), ids[np.minimum(at, len(ids) - 1)], -100)
+    inputs, targets = rows[:, :-1].clip(min=0), rows[:, 1:].copy()
+    targets[starts > 0, : block_size - stride] = -100  # the row before has these
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     """The tensor on `device`; from pinned memory the copy to a GPU runs beside the computation."""
     if torch.device(device).type == "cuda":

@@ -8,7 +8,7 @@ What a run may go on from: its numbers, which settings may have changed, and wha
 
 import math
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import checkpoint
@@ -19,8 +19,8 @@ from files import damage_named
 # which adds steps at the end of the schedule. Every other change must be named in accept_changes, but for those of the
 # architecture: another shape is another model.
 MAY_CHANGE = (
-    "out_dir init_from accept_changes eval_interval log_interval sample_interval patience micro_batch_size max_iters "
-    "device compile peak_tflops"
+    "out_dir init_from accept_changes also_eval eval_interval log_interval sample_interval patience micro_batch_size "
+    "max_iters device compile peak_tflops"
 ).split()
 ARCHITECTURE = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -43,6 +43,7 @@ class Progress:
     recent_loss: float | None = None  # moving average of the training loss
     lr_decay_iters: int = 0  # the step at which the schedule ends
     compile: bool | None = None  # whether the run began with compiled blocks
+    other_texts: dict = field(default_factory=dict)  # bits per byte of the texts of also_eval, before step 1
     cpu_dtype: str | None = None  # what its products were in on a CPU, where "auto" goes by measured speed
 
 
@@ -83,10 +84,12 @@ def changes_accepted(s) -> list[str]:
 
 def read_progress(state: dict, file: Path) -> Progress:
     with damage_named(file, checkpoint.way_out_of(file)):
-        added = {"sampled": -1, "cpu_dtype": None}  # earlier versions of train.py did not keep these
+        added = {"sampled": -1, "other_texts": {}, "cpu_dtype": None}  # earlier versions of train.py did not keep these
         p = Progress(**added | state["progress"])
         if p.cpu_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"cpu_dtype {p.cpu_dtype}")
+        if not all(isinstance(bits, float) and bits > 0 for bits in p.other_texts.values()):
+            raise ValueError("other_texts holds what are no bits per byte")
         for f in fields(Progress):
             kinds = set(typing.get_args(f.type) or (f.type,))
             if f.name not in state["progress"].keys() | added.keys() or type(getattr(p, f.name)) not in kinds:

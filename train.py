@@ -29,13 +29,12 @@ from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import prepare
 from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, override, say
-from dataloader import Conversations, Rows, find_data, to_device, validation_conversations, validation_rows
+from dataloader import Conversations, Rows, find_data, text_rows, to_device, validation_conversations, validation_rows
 from device import (
     DTYPES,
     compile_for_training,
@@ -47,6 +46,7 @@ from device import (
     pick_device,
     undo_compile,
 )
+from evaluate import evaluate, read_ids
 from files import Busy, Log, exclusive, file_sha256
 from model import SmolLM2, SmolLM2Config
 from resume import (
@@ -69,6 +69,7 @@ class Settings:
     accept_changes: str = ""  # settings, comma-separated, that may differ from those of the run that is resumed
     eval_interval: Count = 100  # steps between evaluations; each saves state.pt, and the model if it is the best so far
     eval_rows: Count = 2000  # at most this many validation rows, spread evenly; all of them if there are fewer
+    also_eval: str = ""  # text files, comma-separated, measured before step 1 and at the end: what fine-tuning forgets
     patience: Whole = 0  # stop after this many evaluations without improvement; 0 never
     log_interval: Count = 10  # steps between log lines
     sample_interval: Whole = 0  # steps between printed samples of text; 0 none
@@ -129,6 +130,9 @@ class Run:
         else:
             self.rows = Rows(train, self.meta["train_tokens"], s.block_size, s.seed, s.token_noise, vocab_size)
             self.val_rows = validation_rows(val, self.meta["val_tokens"], s.block_size, s.eval_rows, vocab_size)
+        self.tokenizer = checkpoint.read_tokenizer(self.folder)
+        files = filter(None, map(str.strip, s.also_eval.split(",")))
+        self.other_texts = {file: read_ids(self.tokenizer, Path(file)) for file in files}
         facts = "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()
         self.facts = {key: self.meta[key] for key in facts}  # what must be the same on a resume
 
@@ -270,11 +274,13 @@ def loop(run: Run):
             shown_at, shown_step = time.perf_counter(), p.step
             if s.patience and p.since_best >= s.patience:
                 say(f"stopping: no better validation loss in {s.patience} evaluations, since {p.best_step:,}")
+                report_other_texts(run)
                 return
         if p.step >= s.max_iters:
             best = f"the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}"
             say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, {best}")
             script = "chat" if run.chat else "sample"
+            report_other_texts(run)
             say(f"{script}: python {script}.py --model={shlex.quote(s.out_dir)}")
             return
         if s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
@@ -442,6 +448,8 @@ def evaluation(run: Run) -> bool:
     """Evaluate, keep the model if it is the best, print a sample; False if a signal cut it short."""
     p, meta = run.p, run.meta
     check_sound(run)
+    if p.step == 0:
+        p.other_texts = other_texts(run, run.model)
     started = time.perf_counter()
     run.model.eval()
     loss = evaluate(run.model, *run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
@@ -478,33 +486,28 @@ def evaluation(run: Run) -> bool:
     return True
 
 
-@torch.no_grad()
-def evaluate(model, inputs, targets, batch_size, autocast, rank=0, world=1, stopping=lambda: False) -> float | None:
-    """Mean loss in nats per token over rows of inputs and targets (N, T), the same number however the rows are shared
-    out; None if stopped."""
-    total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, processes that were asked to stop
-    all_inputs, all_targets = inputs[rank::world], targets[rank::world]
-    for a in range(0, len(all_inputs), batch_size):
-        if stopping():
-            break
-        inputs, targets = all_inputs[a : a + batch_size], all_targets[a : a + batch_size]
-        missing = batch_size - len(inputs)
-        if missing:  # one shape for all, so that a compiled model compiles once
-            inputs, targets = F.pad(inputs, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=-100)
-        counted = targets != -100
-        count = int(counted.sum())
-        if not counted[:, -1].any():  # a batch of conversations that are shorter than others
-            width = int(counted.any(0).nonzero().max()) + 1
-            inputs, targets = inputs[:, :width], targets[:, :width]
-        with autocast():
-            _, loss = model(to_device(inputs, model.device), to_device(targets, model.device), loss_only=True)
-        total += torch.tensor([float(loss) * count, count, 0.0], dtype=torch.float64)
-    total[2] = float(stopping())  # asked once: a signal after this must not make one process decide otherwise
-    if world > 1:
-        total = total.to(model.device)
-        dist.all_reduce(total)
-    nats, tokens, stops = total.tolist()
-    return None if stops else nats / tokens
+def other_texts(run: Run, model: SmolLM2) -> dict[str, float]:
+    """Bits per byte of each text of also_eval, over at most eval_rows rows; without those that a signal cut short."""
+    found = {}
+    model.eval()
+    for file, (ids, size) in run.other_texts.items():
+        rows = text_rows(ids, run.s.block_size, run.s.block_size, run.s.eval_rows)
+        loss = evaluate(model, *rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
+        if loss is not None:
+            found[file] = loss / math.log(2) * len(ids) / size
+    model.train()
+    return found
+
+
+def report_other_texts(run: Run):
+    """What the kept model makes of the texts of also_eval, beside what the first one made of them."""
+    if not run.other_texts:
+        return
+    kept, _ = checkpoint.load(run.out_dir, run.device, torch.float32)
+    for file, bits in other_texts(run, kept).items():
+        before = run.p.other_texts.get(file)
+        change = f", {bits / before - 1:+.1%} of the {before:.4f} before" if before else ""
+        run.say(f"also     {file}: {bits:.4f} bits per byte{change}")
 
 
 def sample_is_due(run: Run) -> bool:
@@ -627,7 +630,6 @@ def set_up(run: Run):
     if run.world > 1:
         torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in pieces
         run.trained = DistributedDataParallel(run.model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    run.tokenizer = checkpoint.read_tokenizer(run.folder)
     run.stop = StopSignal(run.rank)
 
 

@@ -21,3 +21,4 @@ weight_decay = 0.01
 eval_interval = 45  # once through; the first evaluation is before step 1
 log_interval = 5
 sample_interval = 45
+also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end

@@ -23,4 +23,5 @@ eval_interval = 40  # the first evaluation is before step 1, so that you see whe
 eval_rows = 40
 log_interval = 5
 sample_interval = 40
+also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end
 patience = 3  # on a megabyte of text overfitting is a matter of a few epochs

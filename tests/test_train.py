@@ -25,6 +25,7 @@ from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny_hf
 
 import checkpoint
 import dataloader
+import evaluate
 import prepare
 import resume
 import sample
@@ -186,6 +187,34 @@ def test_compiled_and_eager_train_alike_and_write_the_same_names(here, monkeypat
     for step, loss in log().items():
         assert abs(log("out/c")[step] - loss) < 1e-3
     checkpoint.load("out/c")
+
+
+def test_what_is_forgotten_is_printed_at_the_end(here, monkeypatch, capsys):
+    """Texts beside the one that is learnt, before step 1 and, of the model that is kept, at the end; the first figure
+    survives a stop. What cannot be read is refused before anything is trained."""
+    save_hf_directory(here / "m")
+    Path("a.txt").write_text(TEXT[:4000])
+    tuned = ("--init_from=m", "--tokenizer=m", "--dataset=own", "--also_eval=a.txt, t.txt")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        go(patch, *tuned)
+    before = state()["progress"]["other_texts"]
+    capsys.readouterr()
+    go(monkeypatch, *tuned, "--learning_rate=1e-2")
+    shown = dict(re.findall(r"also +(\S+): (.*)", capsys.readouterr().out))
+    assert set(shown) == set(before) == {"a.txt", "t.txt"}
+    for file, line in shown.items():
+        now = float(line.split()[0])
+        assert line == f"{now:.4f} bits per byte, {now / before[file] - 1:+.1%} of the {before[file]:.4f} before"
+        model, tokenizer = checkpoint.load("out/t")
+        ids, size = evaluate.read_ids(tokenizer, Path(file))
+        rows = dataloader.text_rows(ids, 32, 32, 20)
+        loss = train.evaluate(model, *rows, 8, train.nullcontext)
+        assert abs(loss / math.log(2) * len(ids) / size - now) < 1e-4
+    for wrong in ("gone.txt", "a.txt,gone.txt"):
+        with pytest.raises(UserError, match="gone.txt: No such file"):
+            go(monkeypatch, f"--also_eval={wrong}", "--out_dir=out/new")
+    assert not os.path.exists("out/new/model.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
