@@ -310,7 +310,8 @@ PREPARE = "prepare.py --input=t.txt --dataset=x --vocab_size=300"
 EXPORT = "export_gguf.py --model=out/t"
 SCRIPTS = dict(
     train=NEW, prepare=PREPARE, sample=SAMPLE, export_gguf=EXPORT, verify_hf="verify_hf.py --model=out/t",
-    bench="bench.py --model=out/t --only=decode --repeats=1", app="app.py",
+    evaluate="evaluate.py --model=out/t --text=t.txt", bench="bench.py --model=out/t --only=decode --repeats=1",
+    app="app.py",
 )  # fmt: skip
 CONFIG, WEIGHTS, STATE, META = "out/t/config.json", "out/t/model.safetensors", "out/t/state.pt", "data/t/meta.json"
 PLAY = (ROOT / "data/shakespeare/play.txt").read_text(encoding="utf-8")
@@ -518,7 +519,7 @@ def flag_cases() -> list[Case]:
         cases += flags(script, WRONG, "--model=\udcff", "utf-8")
         cases += flags(script, 0, "--help", "settings, with their defaults")
     for theirs, ours in dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size",
-                             batch_size="micro_batch_size", gradient_accumulation_steps="global_batch_size",
+                             batch_size="global_batch_size", gradient_accumulation_steps="global_batch_size",
                              decay_lr="lr_schedule", learning_rat="learning_rate").items():
         cases += flags("train", WRONG, f"--{theirs}=2", ours)
     return [
@@ -552,6 +553,9 @@ def flag_cases() -> list[Case]:
         *flags("sample", (0, 1, 2), "--temperature=1e-300 --repetition_penalty=1e-300", "tokens|temp|penalty"),
         Case("flags", "sample 100,000 letters", f"{SAMPLE} --prompt={'ab ' * 33000!r}", 0, ("tokens",)),
         Case("flags", "sample no run", "sample.py", FAILS, ("out",), remove("out")),
+        *flags("train", FAILS, "--also_eval=missing --also_eval=out --also_eval=/dev/null"),
+        *flags("evaluate", WRONG, each("block_size batch_size", -1, "x") + " --batch_size=0 --dtype=float8"),
+        *flags("evaluate", FAILS, "--text=missing --text=out --dataset=missing --model=missing --block_size=1"),
         *flags("export_gguf", WRONG, "--outtype=q9 --outtype="),
         *flags("export_gguf", FAILS, "--model=missing --model=t.txt" + each("out_dir", "t.txt", "t.txt/x", "/proc/x")),
         *flags("verify_hf", EITHER, "--shape=9B --context=-1 --context=0 --context=x --seed=-1 --device=meta"),
