@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
+from config import UserError, Within, guard, is_text, leave_stdout, override
+
 import gradio as gr
 import pandas as pd
 from gradio.tunneling import CURRENT_TUNNELS
@@ -37,7 +39,6 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from checkpoint import find, load, metadata, newest_run
-from config import UserError, Within, guard, is_text, leave_stdout, override
 from conversations import Template, check_messages, read_chat_template
 from device import pick_device, pick_dtype
 from files import damage_named, file_sha256

@@ -31,11 +31,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from config import Count, UserError, guard, override
+
 import torch
 
 import prepare
 from checkpoint import config_to_dict, find, from_pretrained, read_tokenizer, save_pretrained, tokenizer_config
-from config import Count, UserError, guard, override
 from device import compile_for_generation, compile_for_training, keep_freed_memory, peak_flops, pick_device
 from files import write_json
 from model import PRESETS, KVCache, SmolLM2

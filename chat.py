@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from checkpoint import find, load, newest_run
 from config import Count, Seed, guard, is_text, override
+
+from checkpoint import find, load, newest_run
 from conversations import Template, read_chat_template, start_renderer
 from device import keep_freed_memory, pick_device, pick_dtype
 from model import KVCache

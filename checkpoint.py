@@ -20,11 +20,12 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from config import UserError
+
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from config import UserError
 from device import DTYPES
 from files import atomic, damage_named, file_sha256, load_tokenizer, read_json, write_json
 from model import SmolLM2, SmolLM2Config

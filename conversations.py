@@ -18,9 +18,10 @@ from bisect import bisect_left
 from functools import cache
 from pathlib import Path
 
+from config import UserError, is_text
+
 from tokenizers import Tokenizer
 
-from config import UserError, is_text
 from files import damage_named, read_json
 
 ROLES = "system", "user", "assistant"

@@ -16,11 +16,12 @@ import os
 import shlex
 from pathlib import Path
 
+from config import UserError
+
 import numpy as np
 import torch
 
 import prepare
-from config import UserError
 
 
 def find_data(data: prepare.Settings) -> tuple[Path, dict]:

@@ -22,9 +22,10 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from config import UserError
+
 import torch
 
-from config import UserError
 from model import KVCache, SmolLM2
 
 SOURCE = Path(__file__).with_name("decode.c")

@@ -14,10 +14,11 @@ import shutil
 import sys
 import time
 
+from config import UserError
+
 import torch
 import torch.distributed as dist
 
-from config import UserError
 from model import SmolLM2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

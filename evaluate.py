@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from config import Count, UserError, Whole, guard, override
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -25,7 +27,6 @@ import torch.nn.functional as F
 
 import prepare
 from checkpoint import find, load, newest_run
-from config import Count, UserError, Whole, guard, override
 from dataloader import text_rows, to_device
 from device import keep_freed_memory, pick_autocast, pick_device
 from files import file_sha256

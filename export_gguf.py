@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from config import UserError, guard, override
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpoint import find, hf_name, load, newest_run
-from config import UserError, guard, override
 from conversations import read_chat_template, render
 from files import atomic, damage_named, read_json
 from ggml import (

@@ -14,10 +14,10 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from config import UserError
+
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
-
-from config import UserError
 
 
 @contextmanager

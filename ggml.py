@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 
 from config import UserError
+
 from files import damage_named
 
 

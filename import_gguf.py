@@ -26,13 +26,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from config import UserError, guard, override
+
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 from checkpoint import INDEX, WEIGHTS, config_to_dict, hf_name, load, metadata, tokenizer_config, write_tensors
-from config import UserError, guard, override
 from device import DTYPES
 from files import atomic, damage_named, exclusive, file_sha256, read_json
 from ggml import (

@@ -24,13 +24,14 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated
 
+from config import Positive, UserError, Within, check
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import ops
-from config import Positive, UserError, Within, check
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration

@@ -35,12 +35,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from config import UserError, Whole, Within, check, guard, override, say
+
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from config import UserError, Whole, Within, check, guard, override, say
 from conversations import CHATML, Template, messages_of, read_chat_template
 from files import atomic, damage_named, exclusive, file_sha256, load_tokenizer, read_json
 

@@ -12,11 +12,12 @@ bfloat16.
 Shapes: N rows, C columns of a matrix; B batch, T time, V vocabulary.
 """
 
+from config import UserError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import UserError
 from model import SmolLM2
 
 

@@ -11,8 +11,9 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import checkpoint
 from config import UserError
+
+import checkpoint
 from files import damage_named
 
 # Settings that may differ between a stop and a resume: none of them changes which steps are taken. max_iters may rise,

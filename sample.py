@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from config import Count, Seed, UserError, Within, check, guard, is_text, override
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from checkpoint import find, load, metadata, newest_run
-from config import Count, Seed, UserError, Within, check, guard, is_text, override
 from decode import Decoder, reason_against
 from device import compile_for_generation, keep_freed_memory, pick_device, pick_dtype
 from files import damage_named

@@ -27,13 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, override, say
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import prepare
-from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, override, say
 from dataloader import Conversations, Rows, find_data, text_rows, to_device, validation_conversations, validation_rows
 from device import (
     DTYPES,

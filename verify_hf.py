@@ -26,6 +26,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
+from config import Seed, UserError, Within, guard, override
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -34,7 +36,6 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 import checkpoint
-from config import Seed, UserError, Within, guard, override
 from decode import Decoder, reason_against
 from device import keep_freed_memory, pick_device
 from model import PRESETS, KVCache, SmolLM2, SmolLM2Config, rotate

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, run_script
 
 pytest.importorskip("gradio", reason="the playground needs gradio: pip install -r requirements.txt")
+from config import UserError, guard  # noqa: E402
+
 import gradio as gr  # noqa: E402
 import httpx  # noqa: E402
 import torch  # noqa: E402
@@ -25,7 +27,6 @@ from playground import SlowGenerate, make_chat_run, make_run, serving  # noqa: E
 import app  # noqa: E402
 from chat import Chat  # noqa: E402
 from checkpoint import load  # noqa: E402
-from config import UserError, guard  # noqa: E402
 from conversations import Template  # noqa: E402
 from sample import generate  # noqa: E402
 

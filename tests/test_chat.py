@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from config import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,6 @@ import prepare
 import sample
 import train
 from chat import Chat
-from config import UserError
 from conversations import CHATML, Template, render
 from files import load_tokenizer, read_json, write_json
 from model import KVCache

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+from config import UserError
+
 import pytest
 import torch
 from conftest import ROOT, TEXT, run_script, tiny
@@ -13,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import from_pretrained, load, save_pretrained
-from config import UserError
 from files import atomic, exclusive, file_sha256, read_json, write_json
 from prepare import train_bpe
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import config
+
 import pytest
 from conftest import ROOT, run_script
 
-import config
 import prepare
 import train
 from model import SmolLM2Config

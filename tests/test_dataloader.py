@@ -2,11 +2,12 @@
 
 import tracemalloc
 
+from config import UserError
+
 import numpy as np
 import pytest
 import torch
 
-from config import UserError
 from dataloader import Rows, validation_rows
 
 

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from config import UserError
+
 import pytest
 import torch
 from conftest import TINY
@@ -20,7 +22,6 @@ from conftest import TINY
 import decode
 import sample
 from checkpoint import config_from_dict
-from config import UserError
 from decode import Decoder
 from model import KVCache, SmolLM2
 from quantize import int8_rows, quantize

@@ -3,12 +3,13 @@
 import copy
 import shutil
 
+from config import UserError
+
 import pytest
 import torch
 from conftest import tiny
 
 import device
-from config import UserError
 from device import compile_for_generation, join_processes, peak_flops, pick_autocast, pick_compile, pick_device
 from model import KVCache
 from quantize import quantize

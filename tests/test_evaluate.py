@@ -3,6 +3,8 @@
 import math
 import re
 
+from config import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from conftest import TEXT, run_script, save_hf_directory, tiny_hf
 
 import prepare
 from checkpoint import load
-from config import UserError
 from dataloader import text_rows
 from evaluate import evaluate, read_ids, validation_ids
 from train import nullcontext

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from config import UserError
+
 import pytest
 import torch
 from conftest import ROOT, TINY, run_script, save_hf_directory, tiny_hf
@@ -15,7 +17,6 @@ from tokenizers import processors
 from trained import PLAY, copy_of_run
 
 from checkpoint import load, read_tokenizer, save_pretrained
-from config import UserError
 from files import read_json, write_json
 from prepare import train_bpe
 from sample import generate

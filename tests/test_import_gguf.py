@@ -10,6 +10,8 @@ import time
 import tracemalloc
 from pathlib import Path
 
+from config import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,6 @@ from test_export_gguf import HARD, SHAPE, SMOLLM2_TEMPLATE
 from tokenizers import pre_tokenizers
 
 from checkpoint import load, metadata, read_tokenizer
-from config import UserError
 from files import file_sha256, read_json, write_json
 from ggml import read_header
 from sample import generate

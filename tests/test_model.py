@@ -7,12 +7,13 @@ import copy
 import math
 import types
 
+from config import UserError
+
 import pytest
 import torch
 from conftest import TINY, tiny
 
 import model as smol
-from config import UserError
 from model import PRESETS, SmolLM2, SmolLM2Config, rope_tables
 
 

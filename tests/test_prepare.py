@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 
+from config import UserError
+
 import numpy as np
 import pytest
 from conftest import ROOT, TEXT, run_script
 from tokenizers import Tokenizer
 
 import prepare
-from config import UserError
 from files import exclusive
 
 HARD = [

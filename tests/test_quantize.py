@@ -2,12 +2,13 @@
 
 import copy
 
+from config import UserError
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
 
-from config import UserError
 from quantize import Int8Embedding, Int8Linear, int8_rows, quantize
 
 

@@ -2,13 +2,14 @@
 
 import os
 
+from config import UserError
+
 import pytest
 import torch
 from conftest import TEXT, run_script, save_hf_directory, tiny_hf
 
 import sample
 from checkpoint import read_tokenizer
-from config import UserError
 from model import KVCache
 from prepare import train_bpe
 

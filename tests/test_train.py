@@ -18,6 +18,8 @@ import time
 import zipfile
 from pathlib import Path
 
+from config import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,6 @@ import prepare
 import resume
 import sample
 import train
-from config import UserError
 from files import Busy, file_sha256
 
 SMALL = (

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="verify_hf.py compares with transformers")
 
+from config import guard  # noqa: E402
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from conftest import ROOT, run_script, save_hf_directory, tiny_hf  # noqa: E402
@@ -19,7 +21,6 @@ from conftest import ROOT, run_script, save_hf_directory, tiny_hf  # noqa: E402
 import checkpoint  # noqa: E402
 import model as smol  # noqa: E402
 import verify_hf  # noqa: E402
-from config import guard  # noqa: E402
 from files import file_sha256  # noqa: E402
 from model import RotaryEmbedding, SmolLM2, SmolLM2Config  # noqa: E402
 

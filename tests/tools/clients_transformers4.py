@@ -24,11 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from config import UserError, guard, override
+
 import torch
 from safetensors.torch import load_file
 
 from checkpoint import load, newest_run
-from config import UserError, guard, override
 from files import read_json, write_json
 from sample import generate
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
+from config import override  # noqa: E402
+
 import pytest  # noqa: E402
 import test_golden as t  # noqa: E402
 import torch  # noqa: E402
 
 import prepare  # noqa: E402
-from config import override  # noqa: E402
 
 
 @dataclass

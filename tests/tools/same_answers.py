@@ -17,12 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from config import Count, UserError, guard, override
+
 import torch
 
 import app
 import export_gguf
 from chat import Chat
-from config import Count, UserError, guard, override
 
 ROOT = Path(__file__).parents[2]
 

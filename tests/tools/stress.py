@@ -28,8 +28,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 from config import Whole, override  # noqa: E402
+
+import checkpoint  # noqa: E402
 from files import file_sha256  # noqa: E402
 
 
