@@ -1,6 +1,7 @@
 """Which script imports which: an arrow never turns back, and what starts at once loads little."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -80,3 +81,30 @@ def test_what_starting_does_not_load(statement, absent, present):
     code = f"import sys; {statement}; print({absent!r} in sys.modules, {present!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"], done.stdout + done.stderr
+
+
+def spin_when_torch_loads(statement: str, **environment) -> str:
+    """The value of GOMP_SPINCOUNT at the moment at which torch is imported by `statement`."""
+    code = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT')); sys.stdout.flush(); os._exit(0)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | environment
+    done = subprocess.run([sys.executable, "-c", code + statement], cwd=ROOT, env=clean, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("script", sorted(set(MAY_IMPORT) - {"config", "files", "prepare", "conversations", "ggml"}))
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(script):
+    """libgomp reads its setting once, when torch is loaded: a script that imports torch first would spin for
+    milliseconds beside other programs. What the user has set is left alone."""
+    assert spin_when_torch_loads(f"import {script}") == ("None" if script == "ops" else "20000")  # ops has no settings
+
+
+def test_the_users_own_way_of_waiting_is_left_alone():
+    assert spin_when_torch_loads("import sample", GOMP_SPINCOUNT="7") == "7"
+    assert spin_when_torch_loads("import sample", OMP_WAIT_POLICY="passive") == "None"
