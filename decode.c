@@ -38,7 +38,7 @@ typedef struct {
     const float *norm, *cos, *sin; /* (C), and (D) each for this position */
     Matrix embed_tokens, head;
     Layer *layers;
-    float *x, *q, *attended, *hidden; /* room for C, H D, H D and I floats: what the threads share */
+    float *x, *q, *hidden, *parts; /* what the threads share: C, H D, I and (capacity / BLOCK, rounded up) H (D + 2) */
 } Model;
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -131,32 +131,69 @@ static void rotate(float *x, const float *cos, const float *sin, int D) { /* RoP
     }
 }
 
-INLINE void attend_in(int kind, const Model *m, const Layer *layer, int head, int position) {
-    /* One query head over positions 0 .. position, in one pass: when a score exceeds all before it, what has been summed
-       up is scaled down to match. This is the online softmax of FlashAttention (https://arxiv.org/abs/2205.14135). */
-    int D = m->D, group = head / (m->H / m->K);
-    const float *q = m->q + head * D;
-    float *y = m->attended + head * D, highest = -INFINITY, sum = 0;
-    memset(y, 0, sizeof(float) * D);
-    for (int t = 0; t <= position; t++) {
-        long row = ((long)group * m->capacity + t) * D;
-        float score = dot(kind, layer->keys, row, q, D) / sqrtf(D);
-        if (score > highest) {
-            float shrink = expf(highest - score);
-            for (int i = 0; i < D; i++) y[i] *= shrink;
-            sum *= shrink;
-            highest = score;
-        }
-        float weight = expf(score - highest);
-        sum += weight;
-        for (int i = 0; i < D; i++) y[i] += weight * load(kind, layer->values, row + i);
-    }
-    for (int i = 0; i < D; i++) y[i] /= sum;
+/* e^x for x <= 0, as 2^k e^r with a whole k and |r| <= ln(2) / 2: plain arithmetic, so that a loop of it is vectorised,
+   which expf() would prevent. Off by at most 2e-7, however small the value is, and never below e^-87. */
+INLINE float exp_below_0(float x) {
+    int32_t k = x * 1.44269504f - 0.5f; /* to the nearest, x being negative */
+    float r = x - k * 0.693147181f;
+    float e = 1 + r * (1 + r * (0.5f + r * (0.16666667f + r * (0.041665795f + r * (0.0083334519f + r * 0.0013937f)))));
+    int32_t power = ((k < -126 ? -126 : k) + 127) << 23;
+    float scale;
+    memcpy(&scale, &power, 4);
+    return e * scale;
 }
 
-static void attend(const Model *m, const Layer *layer, int head, int position) {
-    if (m->cache_kind == F32) attend_in(F32, m, layer, head, position);
-    if (m->cache_kind == BF16) attend_in(BF16, m, layer, head, position);
+#define BLOCK 128 /* positions: whatever the number of threads, so that it changes no sum */
+
+INLINE void attend_in(int kind, const Model *m, const Layer *layer, int group, int block, int position) {
+    /* One key/value head with its G query heads over one block of positions, so that each key and value is read once.
+       Each query head leaves a part: the values weighted by e^(score - highest), the highest score, and the sum of the
+       weights, which merge() puts together. That is FlashAttention's softmax (https://arxiv.org/abs/2205.14135). */
+    int D = m->D, G = m->H / m->K, first = block * BLOCK;
+    int n = position + 1 - first < BLOCK ? position + 1 - first : BLOCK;
+    long row = ((long)group * m->capacity + first) * D;
+    const float *q = m->q + group * G * D;
+    float *parts = m->parts + ((long)block * m->H + group * G) * (D + 2), scale = 1.0f / sqrtf(D);
+    float weights[G][BLOCK];
+    for (int t = 0; t < n; t++)
+        for (int g = 0; g < G; g++) weights[g][t] = dot(kind, layer->keys, row + (long)t * D, q + g * D, D) * scale;
+    for (int g = 0; g < G; g++) {
+        float highest = -INFINITY, sum = 0, *part = parts + g * (D + 2);
+        for (int t = 0; t < n; t++) highest = weights[g][t] > highest ? weights[g][t] : highest;
+#pragma omp simd reduction(+ : sum)
+        for (int t = 0; t < n; t++) sum += weights[g][t] = exp_below_0(weights[g][t] - highest);
+        memset(part, 0, sizeof(float) * D);
+        part[D] = highest, part[D + 1] = sum;
+    }
+    for (int t = 0; t < n; t++)
+        for (int g = 0; g < G; g++) {
+            float weight = weights[g][t], *part = parts + g * (D + 2);
+#pragma omp simd
+            for (int i = 0; i < D; i++) part[i] += weight * load(kind, layer->values, row + (long)t * D + i);
+        }
+}
+
+static void attend(const Model *m, const Layer *layer, int group, int block, int position) {
+    if (m->cache_kind == F32) attend_in(F32, m, layer, group, block, position);
+    if (m->cache_kind == BF16) attend_in(BF16, m, layer, group, block, position);
+}
+
+static void merge(const Model *m, int blocks, float *attended) { /* the parts of all blocks, to (H D) */
+    int H = m->H, D = m->D;
+    for (int head = 0; head < H; head++, attended += D) {
+        const float *parts = m->parts + head * (D + 2);
+        long next = (long)H * (D + 2);
+        float highest = -INFINITY, sum = 0;
+        for (int b = 0; b < blocks; b++) highest = fmaxf(highest, parts[b * next + D]);
+        memset(attended, 0, sizeof(float) * D);
+        for (int b = 0; b < blocks; b++) {
+            const float *part = parts + b * next;
+            float shrink = expf(part[D] - highest);
+            sum += shrink * part[D + 1];
+            for (int i = 0; i < D; i++) attended[i] += shrink * part[i];
+        }
+        for (int i = 0; i < D; i++) attended[i] /= sum;
+    }
 }
 
 static void project_query(const Model *m, const Layer *layer, const float *x, int head) {
@@ -191,7 +228,7 @@ static void project_value(const Model *m, const Layer *layer, const float *x, in
 #define SHARE(n, i) for (int i = (long)(n) * thread / threads, i##_end = (long)(n) * (thread + 1) / threads; i < i##_end; i++)
 
 void step(const Model *m, int token, int position, float *logits) {
-    int C = m->C, I = m->I, H = m->H, K = m->K;
+    int C = m->C, I = m->I, H = m->H, K = m->K, blocks = position / BLOCK + 1;
     float *x = m->x; /* the residual stream */
 
     /* the token's row of the embedding */
@@ -205,7 +242,7 @@ void step(const Model *m, int token, int position, float *logits) {
 #ifdef _OPENMP
         thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-        float normed[C], y[C > I ? C : I]; /* every thread has its own, so that a norm needs no waiting */
+        float normed[C], y[C > I ? C : I], attended[H * m->D]; /* a thread's own, so that a norm needs no waiting */
         int c0 = (long)C * thread / threads, c1 = (long)C * (thread + 1) / threads; /* this thread's rows of C, I, V */
         int i0 = (long)I * thread / threads, i1 = (long)I * (thread + 1) / threads;
         int v0 = (long)m->V * thread / threads, v1 = (long)m->V * (thread + 1) / threads;
@@ -224,12 +261,13 @@ void step(const Model *m, int token, int position, float *logits) {
             }
 #pragma omp barrier
 
-            /* attention of each query head over all positions up to this one */
-            SHARE(H, head) attend(m, layer, head, position);
+            /* attention over all positions up to this one, a block of them at a time */
+            SHARE(K * blocks, i) attend(m, layer, i % K, i / K, position);
 #pragma omp barrier
 
             /* the output projection, added to the residual stream */
-            multiply(&layer->o_proj, m->attended, y, c0, c1);
+            merge(m, blocks, attended);
+            multiply(&layer->o_proj, attended, y, c0, c1);
             for (int i = c0; i < c1; i++) x[i] += y[i];
 #pragma omp barrier
 

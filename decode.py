@@ -30,6 +30,7 @@ from model import KVCache, SmolLM2
 
 SOURCE = Path(__file__).with_name("decode.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+BLOCK = 128  # positions that attention goes through at a time, as in decode.c
 
 
 class Matrix(ctypes.Structure):
@@ -48,7 +49,7 @@ class Model(ctypes.Structure):
     _fields_ += [("eps", ctypes.c_float)]
     _fields_ += [(name, ctypes.c_void_p) for name in "norm cos sin".split()]
     _fields_ += [("embed_tokens", Matrix), ("head", Matrix), ("layers", ctypes.POINTER(Layer))]
-    _fields_ += [(name, ctypes.c_void_p) for name in "x q attended hidden".split()]
+    _fields_ += [(name, ctypes.c_void_p) for name in "x q hidden parts".split()]
 
 
 @cache
@@ -136,7 +137,7 @@ class Decoder:
             cache_kind=KINDS[model.dtype], threads=1, eps=c.rms_norm_eps,
             norm=self.floats(model.norm.weight), embed_tokens=embedding, layers=self.layers,
             head=embedding if model.lm_head is None else self.matrix(model.lm_head),
-            x=self.room(C), q=self.room(H * D), attended=self.room(H * D), hidden=self.room(c.intermediate_size),
+            x=self.room(C), q=self.room(H * D), hidden=self.room(c.intermediate_size),
         )  # fmt: skip
         self.buffers = None  # the cache's first pair, by which a cache that has grown is recognised
         self.alone_took, self.alone_for, self.pause = None, 0, 16  # see pick_threads()
@@ -174,6 +175,8 @@ class Decoder:
             return
         assert len(buffers) == 1 and buffers.dtype == self.model.dtype, f"{len(buffers)} rows of {buffers.dtype}"
         self.buffers, self.c.capacity = buffers, buffers.size(2)
+        self.parts = torch.empty(-(-buffers.size(2) // BLOCK), self.c.H, self.c.D + 2)
+        self.c.parts = self.parts.data_ptr()
         for ours, (keys, values) in zip(self.layers, cache.layers):
             ours.keys, ours.values = keys.data_ptr(), values.data_ptr()
 

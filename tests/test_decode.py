@@ -80,6 +80,23 @@ def test_the_logits_are_those_of_the_plain_pass(kind, shape, threads, monkeypatc
     assert (found[1:] - expected[:-1]).std() > 50 * allowed
 
 
+@pytest.mark.parametrize("sharp", [1.0, 300.0])
+def test_over_several_blocks_of_positions(sharp, monkeypatch):
+    """300 positions are three blocks, the last one short. With scores in the thousands nearly all weights are 0, and
+    the highest score may be in any block. Negative control: without the first position all later ones change."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model, exact = pair("float32", max_position_embeddings=320)
+    with torch.no_grad():
+        for m in (model, exact):
+            m.layers[0].self_attn.q_proj.weight.mul_(sharp)
+    ids = torch.randint(0, model.config.vocab_size, (1, 300), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected, other = exact(ids)[0][0], exact(ids[:, 1:])[0][0]
+    found = decoded(model, ids)
+    assert (found - expected).std() < 5e-5 and (found - expected).abs().max() < 1e-3
+    assert (found[1:] - other).std() > 1e-3
+
+
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     """Each row of each product is one thread's, so a text does not depend on how many there were, or on the load."""
     model, _ = pair("bfloat16")
