@@ -8,9 +8,9 @@ How fast, beside which others, and how near the machine's own limit.
 Each contender (ours, transformers, llama.cpp) runs in a process of its own and is warmed up. Then they take turns,
 A B C A B C, so that a drift of the machine's speed touches all of them alike. The card shows the median of the rounds,
 the lowest and the highest, and what the hardware allows, measured in the same run: training and prefill are bound by
-matrix products (MFU: useful floating-point operations per second over those of a large bf16 product), decoding by
-memory (bytes of weights per second over those of a plain read). The limits are from the best that the machine showed
-during the whole run, so that a slow moment of it bounds nothing. Compiling is timed separately, as "setup".
+matrix products (MFU: useful floating-point operations per second over those of a large product), decoding by memory
+(bytes of weights, keys and values per second over those of a plain read). The limits are from the best that the machine
+showed during the whole run, so that a slow moment of it bounds nothing. Compiling is timed separately, as "setup".
 
 The last line of stdout is one JSON object.
 """
@@ -37,7 +37,14 @@ import torch
 
 import prepare
 from checkpoint import config_to_dict, find, from_pretrained, read_tokenizer, save_pretrained, tokenizer_config
-from device import compile_for_generation, compile_for_training, keep_freed_memory, peak_flops, pick_device
+from device import (
+    compile_for_generation,
+    compile_for_training,
+    keep_freed_memory,
+    peak_flops,
+    pick_autocast,
+    pick_device,
+)
 from files import write_json
 from model import PRESETS, KVCache, SmolLM2
 from quantize import quantize
@@ -47,20 +54,26 @@ from train import make_optimizer
 
 @dataclass
 class Settings:
-    only: str = ""  # which work, comma-separated: train, train_full_vocab, prefill, decode, decode_int8, encode,
-    #                 startup; empty: all
+    only: str = ""  # which work, comma-separated: train, train_full_vocab, prefill, decode, decode_2048, decode_int8,
+    #                 encode, startup, busy; empty: these. Also decode_512, decode_4000, decode_int8_2048, decode_8_rows
     vs: str = "hf,llamacpp"  # beside which others: hf, llamacpp, none
     model: str = ""  # model directory or hub id for prefill, decode and startup; empty: random weights, 135M
     repeats: Count = 5  # rounds
     device: Literal["cpu", "cuda"] = "cpu"  # what is measured
 
 
-WORKS = "train train_full_vocab prefill decode decode_int8 encode startup".split()
-UNITS = dict.fromkeys(WORKS, "tok/s") | {"encode": "MB/s", "startup": "s"}
+WORKS = "train train_full_vocab prefill decode decode_2048 decode_int8 encode startup busy".split()
+MORE = "decode_512 decode_4000 decode_int8_2048 decode_8_rows".split()  # too long to be measured every time
+UNITS = dict.fromkeys(WORKS + MORE, "tok/s") | {"encode": "MB/s", "startup": "s", "busy": "x"}
 TRAIN_SHAPE = {"train": (5000, 4, 256), "train_full_vocab": (49152, 2, 512)}  # vocabulary, rows, tokens per row
 PREFILL = 512  # tokens
-PROMPT, NEW = 16, 64  # decoding: tokens of prompt, tokens generated
-OURS = "ours ours_eager ours_plain".split()
+NEW = 64  # decoding: tokens generated
+DECODE = {  # tokens of prompt, rows
+    "decode": (16, 1), "decode_512": (512, 1), "decode_2048": (2048, 1), "decode_4000": (4000, 1),
+    "decode_int8": (16, 1), "decode_int8_2048": (2048, 1), "decode_8_rows": (16, 8),
+}  # fmt: skip
+BUSY = "training reading writing".split()
+OURS = ["ours", "ours_eager", "ours_plain", *BUSY]
 PEERS = "hf hf_compiled llamacpp tokenizers".split()
 
 
@@ -68,8 +81,8 @@ PEERS = "hf hf_compiled llamacpp tokenizers".split()
 # contenders: generators that set up and yield once; then each next() does one round of work and yields its figure
 
 
-def training(who: str, device: str, vocab: int, rows: int, T: int):
-    """Whole optimizer steps in bf16 autocast with fp32 weights, clipping and fused AdamW, on random tokens. ours and
+def training(who: str, device: str, vocab: int, rows: int, T: int, dtype: torch.dtype):
+    """Whole optimizer steps in `dtype` autocast with fp32 weights, clipping and fused AdamW, on random tokens. ours and
     hf_compiled have their blocks compiled, one by one; ours_eager and hf run as they are written."""
     config = replace(PRESETS["135M"], vocab_size=vocab, max_position_embeddings=T)
     torch.manual_seed(0)
@@ -97,7 +110,7 @@ def training(who: str, device: str, vocab: int, rows: int, T: int):
     def rate(n):
         started = time.perf_counter()
         for _ in range(n):
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
                 loss = loss_of(ids)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -145,10 +158,10 @@ def prefilling(who: str, device: str, folder: str):
         yield max(rate() for _ in range(2))
 
 
-def decoding(who: str, device: str, folder: str, int8: bool = False):
-    """NEW tokens after a prompt of PROMPT, batch 1, greedy, in bf16 or int8; the time of the prompt is not counted.
+def decoding(who: str, device: str, folder: str, int8: bool, depth: int, rows: int):
+    """NEW tokens a row after a prompt of `depth`, greedy, in bf16 or int8; the time of the prompt is not counted.
     ours_plain goes through model.py where ours goes through decode.c."""
-    prompt = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt = torch.randint(0, 1000, (rows, depth), generator=torch.Generator().manual_seed(0)).to(device)
     if who == "llamacpp":
         llama = LlamaCpp(Path(folder) / ("q8_0.gguf" if int8 else "bf16.gguf"))
         yield
@@ -186,7 +199,7 @@ def decoding(who: str, device: str, folder: str, int8: bool = False):
 
     def rate():
         times = token_times()
-        return (len(times) - 1) / (times[-1] - times[0])
+        return rows * (len(times) - 1) / (times[-1] - times[0])
 
     rate()
     yield
@@ -230,6 +243,29 @@ def starting(who: str, folder: str):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         yield time.perf_counter() - started
+
+
+def beside_others(who: str, device: str, folder: str, dtype: torch.dtype):
+    """How many times as long a work takes beside two programs that compute all the time. On two cores a fair share
+    would be 2 x; threads that wait for each other the wrong way make it 40 x."""
+    work = {
+        "training": lambda: training("ours_eager", device, 5000, 1, 128, dtype),
+        "reading": lambda: prefilling("ours", device, folder),
+        "writing": lambda: decoding("ours", device, folder, False, 16, 1),
+    }[who]()
+    next(work)
+    yield
+    while True:
+        quiet = next(work)
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        try:
+            time.sleep(0.5)
+            busy = next(work)
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+        yield quiet / busy
 
 
 def machine(device: str):
@@ -283,7 +319,7 @@ class LlamaCpp:
 
         p = xllamacpp.CommonParams()
         p.model.path = str(file)
-        p.n_ctx, p.n_batch, p.n_ubatch, p.n_parallel, p.n_gpu_layers = 1024, 512, 512, 1, 0
+        p.n_ctx, p.n_batch, p.n_ubatch, p.n_parallel, p.n_gpu_layers = 4096, 512, 512, 1, 0
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = torch.get_num_threads()
         p.warmup, p.fit_params, p.cache_ram_mib, p.verbosity = True, False, 0, 0
         self.server = xllamacpp.Server(p)
@@ -375,8 +411,9 @@ def receive(connection) -> tuple:
         return "failed", "its process died"
 
 
-def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: str) -> dict[str, tuple]:
-    """Who does this work: (function, *arguments) by name. folder: of the model; ggufs: of the same as GGUF files."""
+def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: str, dtype=None) -> dict[str, tuple]:
+    """Who does this work: (function, *arguments) by name. folder: of the model; ggufs: of the same as GGUF files;
+    dtype: of the products in training."""
 
     def folder_of(who):
         return ggufs if who == "llamacpp" else folder
@@ -385,18 +422,22 @@ def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: st
         names = ["ours", *(v for v in vs if v == "hf")]
         if work == "train":  # compiled with compiled, and eager with eager
             names = [name for who in names for name in (who, {"ours": "ours_eager", "hf": "hf_compiled"}[who])]
-        return {who: (training, who, device, *TRAIN_SHAPE[work]) for who in names}
+        return {who: (training, who, device, *TRAIN_SHAPE[work], dtype) for who in names}
     if work == "encode":
         return {who: (encoding, who) for who in ("ours", "tokenizers")}
     if work == "startup":
         return {who: (starting, who, folder) for who in ("ours", *vs) if who != "llamacpp"}
     if work == "prefill":
         return {who: (prefilling, who, device, folder_of(who)) for who in ("ours", *vs)}
-    int8 = work == "decode_int8"
-    names = ["ours", "ours_plain", *vs]
+    if work == "busy":
+        return {who: (beside_others, who, device, folder, dtype) for who in BUSY}
+    int8, (depth, rows) = "int8" in work, DECODE[work]
+    names = ["ours", *(["ours_plain"] if work in ("decode", "decode_int8") else []), *vs]
     if int8:  # transformers has no int8 of this kind
         names = [who for who in names if who != "hf"]
-    return {who: (decoding, who, device, folder_of(who), int8) for who in names}
+    if rows > 1:  # llama.cpp's server takes its rows from several visitors
+        names = [who for who in names if who != "llamacpp"]
+    return {who: (decoding, who, device, folder_of(who), int8, depth, rows) for who in names}
 
 
 def summary(work: str, found: dict) -> dict:
@@ -427,17 +468,21 @@ def add_limit(work: str, result: dict, limits: dict, weights: dict):
 
 
 def hardware_limit(work: str, limits: dict, weights: dict) -> float | None:
-    """Tokens per second that machine()'s figures allow; None for encode and startup, which have no such limit.
-    weights: num_parameters() of the model."""
+    """Tokens per second that machine()'s figures allow; None for what has no such limit. weights: num_parameters() of
+    the model, and "cached", the numbers that its cache holds for a position."""
+    product = max(limits["bfloat16"], limits["float32"]) * 1e9
     if work in TRAIN_SHAPE:
         vocab, _, T = TRAIN_SHAPE[work]
         with torch.device("meta"):
             model = SmolLM2(replace(PRESETS["135M"], vocab_size=vocab))
-        return limits["bfloat16"] * 1e9 / model.flops_per_token(T)
+        return product / model.flops_per_token(T)
     if work == "prefill":
-        return limits["bfloat16"] * 1e9 / (2 * weights["backbone"])
-    if work in ("decode", "decode_int8"):
-        return limits["memory"] * 1e9 / (weights["total"] * (1 if work == "decode_int8" else 2))
+        return product / (2 * weights["backbone"])
+    if work in DECODE:
+        depth, rows = DECODE[work]
+        cached = (depth + NEW / 2) * weights["cached"] * 2  # bytes of a row's keys and values
+        memory = limits["memory"] * 1e9 / (weights["total"] * (1 if "int8" in work else 2) / rows + cached)
+        return min(memory, product / (2 * weights["total"]))
     return None
 
 
@@ -453,7 +498,7 @@ def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     only = [w.strip() for w in s.only.split(",") if w.strip()] or WORKS
     vs = [v.strip() for v in s.vs.split(",") if v.strip() not in ("", "none")]
-    problems = [f"--only={w}: expected some of {', '.join(WORKS)}." for w in only if w not in WORKS]
+    problems = [f"--only={w}: expected some of {', '.join(WORKS + MORE)}." for w in only if w not in WORKS + MORE]
     problems += [f"--vs={v}: expected hf, llamacpp or none." for v in vs if v not in ("hf", "llamacpp")]
     if problems:
         raise UserError("\n".join(problems))
@@ -461,12 +506,14 @@ def main():
     started = time.time()
     with tempfile.TemporaryDirectory() as temporary:
         folder, weights = Path(temporary), {}
-        if {"prefill", "decode", "decode_int8", "startup"} & set(only):
+        if {"prefill", "startup", "busy", *DECODE} & set(only):
             if s.model:
                 folder = find(s.model)
             else:
                 make_model(folder)
-            weights = from_pretrained(folder).num_parameters()
+            model = from_pretrained(folder)
+            c = model.config
+            weights = model.num_parameters() | {"cached": 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim}
             read_tokenizer(folder)  # refused here, and not in a contender's process
             if "llamacpp" in vs:
                 vs = write_ggufs(folder, Path(temporary), vs)
@@ -491,11 +538,12 @@ def write_ggufs(folder: Path, temporary: Path, vs: list[str]) -> list[str]:
 
 def report(s, device, only, vs, folder, temporary, weights, started):
     """Run each work and print its card; then the limits, the machine, and everything as one JSON object."""
-    results, limits = {}, {}
+    results, limits, (dtype, reason) = {}, {}, pick_autocast("auto", device)
+    print(f"training in {str(dtype)[6:]}: {reason}", file=sys.stderr)
     for work in only:
         print(f"{work}:", end="", flush=True, file=sys.stderr)
-        contenders = contenders_for(work, vs, device, str(folder), str(temporary))
-        if work not in ("encode", "startup"):
+        contenders = contenders_for(work, vs, device, str(folder), str(temporary), dtype)
+        if work not in ("encode", "startup", "busy"):
             contenders["machine"] = (machine, device)
         found = take_turns(contenders, s.repeats)
         for seen in found.pop("machine", {}).get("rounds", []):
@@ -512,6 +560,7 @@ def report(s, device, only, vs, folder, temporary, weights, started):
         f"GFLOP/s, fp32 {info['gflops'].get('float32', 0):,.0f}, memory {info['memory_gb_s']:.1f} GB/s, "
         + ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
         + f", {info['date']}, {info['seconds']} s in all"
+        + (f"; llama.cpp compiled for {info['llamacpp']}" if info["llamacpp"] else "")
     )
     print(json.dumps({"machine": info} | results))
 
@@ -524,6 +573,11 @@ def machine_info(device: str, limits: dict) -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    peer = None
+    if versions["xllamacpp"]:
+        import xllamacpp
+
+        peer = xllamacpp.get_system_info().strip(" |")
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     return dict(
         device=torch.cuda.get_device_name() if device != "cpu" else cpu,
@@ -532,6 +586,7 @@ def machine_info(device: str, limits: dict) -> dict:
         gflops={key: round(value, 1) for key, value in limits.items() if key != "memory"},
         memory_gb_s=round(limits.get("memory", 0), 1),
         versions=versions,
+        llamacpp=peer,  # which instructions it was compiled for
     )
 
 
@@ -549,7 +604,10 @@ def print_card(work: str, r: dict):
             f"  {name:<11}{r[name]:>10,.1f} {r['unit']:<6} ({low:,.1f} to {high:,.1f})   "
             f"setup {r['setup_s'][name]:.1f} s{memory}{compiled}"
         )
-    print(f"  {r['ratio']:.2f} x {r['best_peer']}, the best peer\n" if r["ratio"] else "  no peer\n", flush=True)
+    if r["ratio"]:
+        print(f"  {r['ratio']:.2f} x {r['best_peer']}, the best peer\n", flush=True)
+    else:
+        print("  as long as alone\n" if work == "busy" else "  no peer\n", flush=True)
 
 
 if __name__ == "__main__":

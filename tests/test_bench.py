@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import run_script, tiny
 
 import bench
@@ -67,7 +68,7 @@ def test_transformers_can_be_compiled_block_by_block(monkeypatch):
     monkeypatch.setitem(bench.PRESETS, "135M", tiny().config)
     counters.clear()
     for who, compiled in (("hf", False), ("hf_compiled", True)):
-        contender = bench.training(who, "cpu", 512, 2, 16)
+        contender = bench.training(who, "cpu", 512, 2, 16, torch.bfloat16)
         next(contender)
         assert next(contender) > 0 and bool(counters["stats"]["unique_graphs"]) == compiled
 
@@ -81,7 +82,7 @@ def test_one_limit_for_the_whole_run(monkeypatch, capsys):
         return {"ours": rounds(100), "machine": dict(rounds=[dict(bfloat16=800, float32=400, memory=speed)] * 2)}
 
     monkeypatch.setattr(bench, "take_turns", turns)
-    weights = {"total": 134515008, "backbone": 106203456}
+    weights = {"total": 134515008, "backbone": 106203456, "cached": 0}
     settings = bench.Settings(repeats=2)
     bench.report(settings, "cpu", ["decode", "decode_int8"], [], "", "", weights, 0)
     out = capsys.readouterr().out.splitlines()
@@ -90,6 +91,31 @@ def test_one_limit_for_the_whole_run(monkeypatch, capsys):
     assert card["decode_int8"]["limit"] == pytest.approx(2 * card["decode"]["limit"], abs=0.2)
     assert card["decode"]["limit_fraction"] == pytest.approx(100 / card["decode"]["limit"], abs=1e-3)
     assert "decode: 45% of the 223 tok/s that the hardware allows" in out
+
+
+def test_the_limit_at_depth_and_in_rows():
+    """Keys and values are read as well as weights, and rows share the weights, until the products are the limit."""
+    limits = dict(bfloat16=400, float32=800, memory=50)
+    weights = {"total": 10**8, "backbone": 8 * 10**7, "cached": 11520}
+    limit = {work: bench.hardware_limit(work, limits, weights) for work in bench.DECODE}
+    assert limit["decode"] == pytest.approx(50e9 / (2 * 10**8 + 48 * 11520 * 2))
+    assert limit["decode_2048"] == pytest.approx(50e9 / (2 * 10**8 + 2080 * 11520 * 2))
+    assert limit["decode_int8_2048"] == pytest.approx(50e9 / (10**8 + 2080 * 11520 * 2))
+    assert 7 * limit["decode"] < limit["decode_8_rows"] < 8 * limit["decode"]
+    assert bench.hardware_limit("decode_8_rows", limits | dict(memory=5000), weights) == 800e9 / (2 * 10**8)
+    assert bench.hardware_limit("busy", limits, weights) is None
+
+
+@pytest.mark.slow
+def test_beside_others(monkeypatch, tmp_path):
+    """The busy row sets up, gives a ratio, and leaves no program running."""
+    import psutil
+
+    monkeypatch.setattr(bench, "prefilling", lambda *_: iter([None, 6.0, 2.0, 6.0, 3.0]))
+    contender = bench.beside_others("reading", "cpu", "", torch.float32)
+    next(contender)
+    assert [next(contender), next(contender)] == [3.0, 2.0]
+    assert not [p for p in psutil.Process().children() if "while True" in " ".join(p.cmdline())]
 
 
 def test_without_the_resource_module(monkeypatch, capsys):
