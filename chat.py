@@ -77,7 +77,6 @@ class Chat:
             raise
         known = len(os.path.commonprefix([self.read, ids])) if len(ids) <= context else 0
         self.read = self.read[:known]  # until the rest is read
-        self.template.renderer = start_renderer()  # of the next question
         new, text = [], ""
 
         def noted(steps):
@@ -96,6 +95,7 @@ class Chat:
                 self.read = ids + new[:-1]  # the last token was chosen, and not read
             if len(self.read) >= context:  # generate() has begun the cache anew, or was about to
                 self.read = []
+            self.template.renderer = start_renderer()  # ready when the next question comes
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ json.dump(texts, sys.stdout)
 
 def start_renderer() -> subprocess.Popen:
     """A process that renders one template and ends. It needs a tenth of a second before it can begin, and then waits.
-    The terminal's Ctrl-C does not reach it; it ends with the process that started it, since then its input ends."""
+    The terminal's Ctrl-C does not reach it, but on Windows; it ends with the process that started it, since then its
+    input ends."""
     options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     return subprocess.Popen([sys.executable, "-P", "-c", RENDER], start_new_session=True, **options)
 
@@ -166,7 +167,7 @@ class Template:
     def __init__(self, text: str, tokenizer: Tokenizer, settings: dict):
         """settings: the model's tokenizer_config.json, for bos_token, eos_token and the like."""
         self.text, self.tokenizer = text, tokenizer
-        self.renderer: subprocess.Popen | None = None  # started ahead, by who knows that it will be needed
+        self.renderer: subprocess.Popen | None = None  # one that chat.py has started ahead
         named = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
         self.values = {k: v for k, v in named.items() if isinstance(v, str)}
         self.special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
@@ -201,7 +202,7 @@ class Template:
     def fit(self, messages: list[dict], context: int, room: int, left_out: int = 0) -> tuple[list[int], int]:
         """The ids of a conversation up to where the assistant is to speak, and how many messages are left out of them:
         the first `left_out` after the system message, then as many more questions with their answers as it takes to
-        leave `room` positions of the context, but never the last question."""
+        leave `room` positions of the context, but never the last question. The last message is the user's."""
         first = int(messages[0]["role"] == "system")
         cuts = range(left_out, len(messages) - first, 2)
 

@@ -132,18 +132,19 @@ static void rotate(float *x, const float *cos, const float *sin, int D) { /* RoP
 }
 
 /* e^x for x <= 0, as 2^k e^r with a whole k and |r| <= ln(2) / 2: plain arithmetic, so that a loop of it is vectorised,
-   which expf() would prevent. Off by at most 2e-7, however small the value is, and never below e^-87. */
+   which expf() would prevent. Off by at most 2e-7, and by 5e-6 of the value, but no value is below 2^-101: a softmax
+   does not see such weights, and numbers without leading zeros are faster. */
 INLINE float exp_below_0(float x) {
     int32_t k = x * 1.44269504f - 0.5f; /* to the nearest, x being negative */
     float r = x - k * 0.693147181f;
     float e = 1 + r * (1 + r * (0.5f + r * (0.16666667f + r * (0.041665795f + r * (0.0083334519f + r * 0.0013937f)))));
-    int32_t power = ((k < -126 ? -126 : k) + 127) << 23;
+    int32_t power = ((k < -100 ? -100 : k) + 127) << 23;
     float scale;
     memcpy(&scale, &power, 4);
     return e * scale;
 }
 
-#define BLOCK 128 /* positions: whatever the number of threads, so that it changes no sum */
+/* BLOCK, of positions, is the same whatever the number of threads, so that this changes no sum; decode.py defines it */
 
 INLINE void attend_in(int kind, const Model *m, const Layer *layer, int group, int block, int position) {
     /* One key/value head with its G query heads over one block of positions, so that each key and value is read once.
@@ -242,7 +243,7 @@ void step(const Model *m, int token, int position, float *logits) {
 #ifdef _OPENMP
         thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-        float normed[C], y[C > I ? C : I], attended[H * m->D]; /* a thread's own, so that a norm needs no waiting */
+        float normed[C], y[C > I ? C : I], attended[H * m->D]; /* each thread computes its own, and waits for nobody */
         int c0 = (long)C * thread / threads, c1 = (long)C * (thread + 1) / threads; /* this thread's rows of C, I, V */
         int i0 = (long)I * thread / threads, i1 = (long)I * (thread + 1) / threads;
         int v0 = (long)m->V * thread / threads, v1 = (long)m->V * (thread + 1) / threads;

@@ -30,7 +30,7 @@ from model import KVCache, SmolLM2
 
 SOURCE = Path(__file__).with_name("decode.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-BLOCK = 128  # positions that attention goes through at a time, as in decode.c
+BLOCK = 128  # positions that attention goes through at a time
 
 
 class Matrix(ctypes.Structure):
@@ -62,7 +62,7 @@ def library():
     # -fassociative-math and the two that it needs let sums be taken in parts. -ffast-math, which has them too, would
     # also change how the whole process treats subnormal numbers.
     flags = "-O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno -shared -fPIC"
-    flags = flags.split()
+    flags = [*flags.split(), f"-DBLOCK={BLOCK}"]
     if platform.system() == "Linux":  # Apple's clang comes without OpenMP: one thread there
         flags.append("-fopenmp")
     if platform.machine() == "x86_64":
@@ -175,7 +175,7 @@ class Decoder:
             return
         assert len(buffers) == 1 and buffers.dtype == self.model.dtype, f"{len(buffers)} rows of {buffers.dtype}"
         self.buffers, self.c.capacity = buffers, buffers.size(2)
-        self.parts = torch.empty(-(-buffers.size(2) // BLOCK), self.c.H, self.c.D + 2)
+        self.parts = torch.empty(-(-buffers.size(2) // BLOCK), self.c.H, self.c.D + 2, dtype=torch.float32)
         self.c.parts = self.parts.data_ptr()
         for ours, (keys, values) in zip(self.layers, cache.layers):
             ours.keys, ours.values = keys.data_ptr(), values.data_ptr()
@@ -184,7 +184,7 @@ class Decoder:
         """One call of decode.c: logits (1, V), and the keys and values of this position in the cache."""
         row = position * self.c.D * 4  # bytes
         self.c.cos, self.c.sin = self.model.rotary.cos.data_ptr() + row, self.model.rotary.sin.data_ptr() + row
-        logits = torch.empty(1, self.c.V)
+        logits = torch.empty(1, self.c.V, dtype=torch.float32)
         self.c.threads = self.pick_threads()
         started = time.perf_counter()
         library().step(ctypes.byref(self.c), token, position, ctypes.c_void_p(logits.data_ptr()))

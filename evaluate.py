@@ -7,7 +7,8 @@ What a text costs a model, in bits per byte: how well it predicts the next token
 
 It prints two figures. "rows" cuts the text into rows of block_size tokens and reads each alone, so the first tokens of
 a row are guessed from little: what train.py measures, and nanoGPT reports. "sliding" moves by half a row and counts its
-second half, so each token has at least half a row before it: what the model can do. Compare like with like.
+second half, so that, from the first half row of the text on, each token has at least half a row before it: what the
+model can do. Compare like with like.
 """
 
 import math
@@ -38,6 +39,7 @@ class Settings:
     text: str = ""  # a text file; empty: the play of this repository, unless a dataset is named
     dataset: str = ""  # or a folder under data/, whose validation part is read
     block_size: Whole = 0  # tokens per row; 0 is the model's context, 512 at most
+    eval_rows: Count = 2000  # at most this many rows, spread evenly; all of them if there are fewer
     batch_size: Count = 4  # rows at a time
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the products, as in train.py
@@ -58,7 +60,7 @@ def evaluate(model, inputs, targets, batch_size, autocast, rank=0, world=1, stop
             inputs, targets = F.pad(inputs, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=-100)
         counted = targets != -100
         count = int(counted.sum())
-        if not counted[:, -1].any():  # a batch of conversations that are shorter than others
+        if not missing and not counted[:, -1].any():  # a batch of conversations that are shorter than others
             width = int(counted.any(0).nonzero().max()) + 1
             inputs, targets = inputs[:, :width], targets[:, :width]
         with autocast():
@@ -108,7 +110,7 @@ def main():
     autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, torch.device(device).type, dtype)
     print(f"{path} on {s.dataset or file}: {size:,} bytes, {len(ids):,} tokens; {str(dtype)[6:]}: {reason}")
     for name, stride in (f"rows of {T} tokens", T), (f"sliding, at least {T // 2} tokens before each", T // 2):
-        loss = evaluate(model, *text_rows(ids, T, stride), s.batch_size, autocast)
+        loss = evaluate(model, *text_rows(ids, T, stride, s.eval_rows), s.batch_size, autocast)
         print(f"  {name:40} {loss / math.log(2) * len(ids) / size:.4f} bits per byte")
 
 

@@ -632,10 +632,14 @@ def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files
 
 def template_for(name: str, tokenizer: Tokenizer) -> Template:
     """The template of the model directory or hub id that a tokenizer comes from; ChatML where there is none."""
-    from checkpoint import find  # which costs the import of torch
+    if Path(name).is_file():
+        folder = Path(name).parent
+    elif Path(name).is_dir() or name in ("bpe", "gpt2"):
+        folder = Path(name)
+    else:
+        from checkpoint import find  # which costs the import of torch
 
-    file = Path(name).is_file()
-    folder = Path(name).parent if file else Path(name) if Path(name).is_dir() or name in ("bpe", "gpt2") else find(name)
+        folder = find(name)
     text = read_chat_template(folder)
     if text is None:
         return Template(CHATML, tokenizer, {})

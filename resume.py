@@ -44,7 +44,7 @@ class Progress:
     recent_loss: float | None = None  # moving average of the training loss
     lr_decay_iters: int = 0  # the step at which the schedule ends
     compile: bool | None = None  # whether the run began with compiled blocks
-    other_texts: dict = field(default_factory=dict)  # bits per byte of the texts of also_eval, before step 1
+    other_texts: dict = field(default_factory=dict)  # bits per byte of the texts of also_eval before fine-tuning
     cpu_dtype: str | None = None  # what its products were in on a CPU, where "auto" goes by measured speed
 
 
@@ -89,8 +89,8 @@ def read_progress(state: dict, file: Path) -> Progress:
         p = Progress(**added | state["progress"])
         if p.cpu_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"cpu_dtype {p.cpu_dtype}")
-        if not all(isinstance(bits, float) and bits > 0 for bits in p.other_texts.values()):
-            raise ValueError("other_texts holds what are no bits per byte")
+        if not all(isinstance(bits, float) for bits in p.other_texts.values()):
+            raise ValueError("other_texts holds what is no number")
         for f in fields(Progress):
             kinds = set(typing.get_args(f.type) or (f.type,))
             if f.name not in state["progress"].keys() | added.keys() or type(getattr(p, f.name)) not in kinds:

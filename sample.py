@@ -50,7 +50,7 @@ class Settings:
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is what the file holds
     use_c: bool = True  # on a CPU, decode.c computes the tokens after the prompt; False: model.py, four times slower
-    compile: bool = False  # on a GPU: half a minute of torch.compile first, then faster tokens
+    compile: Literal["on", "off"] = "off"  # on a GPU: half a minute of torch.compile first, then faster tokens
     quantize: Literal["", "int8"] = ""  # int8: weights of one byte, so that decode.c reads half of what bfloat16 takes
 
 
@@ -221,10 +221,10 @@ def main():
     # the model, and a line about it on stderr: the text alone goes to stdout
     path = s.model or newest_run()
     device = pick_device(s.device)
-    if s.compile and device == "cpu" and s.use_c:
-        raise UserError("--compile=true is for a GPU: on a CPU decode.c computes the tokens. Leave it out.")
+    if s.compile == "on" and device == "cpu" and s.use_c:
+        raise UserError("--compile=on is for a GPU: on a CPU decode.c computes the tokens. Leave it out.")
     model, tokenizer = load(path, device, pick_dtype(s.dtype), s.quantize)
-    if s.compile:
+    if s.compile == "on":
         compile_for_generation(model)
     facts = [f"{model.num_parameters()['total']:,} parameters", device, s.quantize or str(model.dtype)[6:]]
     meta = metadata(find(path))

@@ -70,7 +70,8 @@ class Settings:
     accept_changes: str = ""  # settings, comma-separated, that may differ from those of the run that is resumed
     eval_interval: Count = 100  # steps between evaluations; each saves state.pt, and the model if it is the best so far
     eval_rows: Count = 2000  # at most this many validation rows, spread evenly; all of them if there are fewer
-    also_eval: str = ""  # text files, comma-separated, measured before step 1 and at the end: what fine-tuning forgets
+    also_eval: str = ""  # text files, comma-separated, measured at the end, and first where a model is fine-tuned: what
+    #                      it forgets
     patience: Whole = 0  # stop after this many evaluations without improvement; 0 never
     log_interval: Count = 10  # steps between log lines
     sample_interval: Whole = 0  # steps between printed samples of text; 0 none
@@ -156,14 +157,14 @@ class Run:
 
         # the optimizer and the precision of matrix products; weights are float32
         self.optimizer = make_optimizer(self.model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
-        self.dtype, self.dtype_reason = pick_autocast(s.dtype, device)
-        if s.dtype == "auto" and device == "cpu":
-            if self.p.cpu_dtype and "dtype" not in changes_accepted(s):
-                self.dtype, self.dtype_reason = DTYPES[self.p.cpu_dtype], "as when this run began"
-            elif world > 1:  # the first process measured for all
-                chosen = [self.dtype]
-                dist.broadcast_object_list(chosen)
-                self.dtype = chosen[0]
+        if s.dtype == "auto" and device == "cpu" and self.p.cpu_dtype and "dtype" not in changes_accepted(s):
+            self.dtype, self.dtype_reason = DTYPES[self.p.cpu_dtype], "as when this run began"
+        else:
+            self.dtype, self.dtype_reason = pick_autocast(s.dtype, device)
+        if world > 1 and s.dtype == "auto" and device == "cpu":  # the first process has measured for all
+            chosen = [self.dtype]
+            dist.broadcast_object_list(chosen)
+            self.dtype = chosen[0]
         kind = torch.device(device).type
         self.autocast = partial(torch.autocast, kind, self.dtype) if self.dtype != torch.float32 else nullcontext
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
@@ -442,7 +443,7 @@ def evaluation_is_due(run: Run) -> bool:
     """Every eval_interval steps and at the end; before step 1 only where there is a model worth measuring."""
     s, p = run.s, run.p
     now = p.step % s.eval_interval == 0 or p.step >= s.max_iters
-    return now and p.evaluated < p.step and (p.step > 0 or run.source_dir is not None)
+    return now and p.evaluated < p.step and (p.step > 0 or run.origin not in ("auto", "scratch"))
 
 
 def evaluation(run: Run) -> bool:
@@ -488,13 +489,14 @@ def evaluation(run: Run) -> bool:
 
 
 def other_texts(run: Run, model: SmolLM2) -> dict[str, float]:
-    """Bits per byte of each text of also_eval, over at most eval_rows rows; without those that a signal cut short."""
+    """Bits per byte of each text of also_eval, over at most eval_rows rows; of those alone that have such a figure: a
+    signal cuts some short, and float16 may overflow."""
     found = {}
     model.eval()
     for file, (ids, size) in run.other_texts.items():
         rows = text_rows(ids, run.s.block_size, run.s.block_size, run.s.eval_rows)
         loss = evaluate(model, *rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):
             found[file] = loss / math.log(2) * len(ids) / size
     model.train()
     return found
@@ -504,6 +506,8 @@ def report_other_texts(run: Run):
     """What the kept model makes of the texts of also_eval, beside what the first one made of them."""
     if not run.other_texts:
         return
+    if run.world > 1:
+        dist.barrier()  # the first process may still be writing it
     kept, _ = checkpoint.load(run.out_dir, run.device, torch.float32)
     for file, bits in other_texts(run, kept).items():
         before = run.p.other_texts.get(file)
@@ -515,7 +519,7 @@ def sample_is_due(run: Run) -> bool:
     """Every sample_interval steps; before step 1 only where there is a model worth reading."""
     s, p = run.s, run.p
     now = s.sample_interval and p.step % s.sample_interval == 0
-    return bool(now) and p.sampled < p.step and (p.step > 0 or run.source_dir is not None)
+    return bool(now) and p.sampled < p.step and (p.step > 0 or run.origin not in ("auto", "scratch"))
 
 
 def print_sample(run: Run):
@@ -751,6 +755,7 @@ def resume(run: Run) -> dict:
     if any(s_then != s_now for s_then, s_now in ((then[k], getattr(s, k)) for k in ("eval_rows", "block_size"))):
         run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")
         run.p.best_val_loss, run.p.best_step, run.p.since_best = math.inf, -1, 0
+        run.p.other_texts = {}
     else:
         kept = checkpoint.metadata(run.out_dir)
         run.kept_loss, run.kept_step = float(kept.get("val_loss", "inf")), int(kept.get("step", -1))

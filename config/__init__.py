@@ -68,6 +68,12 @@ NANOGPT = dict(
     gradient_accumulation_steps="global_batch_size", eval_iters="eval_rows", decay_lr="lr_schedule", start="prompt",
     out_dir="model",
 )  # fmt: skip
+NOT_HERE = dict(
+    dropout="there is none; against memorizing a short text: --token_noise and --weight_decay",
+    bias="SmolLM2 has none", eval_only="python evaluate.py measures a model",
+    always_save_checkpoint="state.pt is saved at every evaluation, the model when it is the best",
+    wandb_log="log.jsonl in the run's folder has every figure, and app.py draws it", backend="chosen by the device",
+)  # fmt: skip
 
 
 def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str | None = None) -> list:
@@ -94,7 +100,8 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
             near = (
                 [NANOGPT[key]] if NANOGPT.get(key) in known else difflib.get_close_matches(key, [*known, *ignored], n=1)
             )
-            problems.append(f"{source}: no such setting." + (f" Did you mean {near[0]}?" if near else ""))
+            hint = NOT_HERE[key] + "." if key in NOT_HERE else f"Did you mean {near[0]}?" if near else ""
+            problems.append(f"{source}: no such setting. {hint}".strip())
 
     for arg in argv:  # the recipes first, wherever they are among the flags
         if not arg.startswith("-"):
@@ -128,6 +135,8 @@ def convert(value, field, is_flag: bool = False):
     kind = next(t for t in alternatives if t is not types.NoneType)
     if typing.get_origin(kind) is typing.Literal:
         words = typing.get_args(kind)
+        if "on" in words:  # for those who write it as in nanoGPT
+            value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
         if value not in words:
             words = [word or "nothing" for word in words]
             raise ValueError(f"got {value!r:.80}, expected {', '.join(words[:-1])} or {words[-1]}.")

@@ -11,7 +11,7 @@ tokenizer = "out/SmolLM2-135M-Instruct"  # no other fits the weights
 dataset = "shakespeare_smollm2"
 
 block_size = 512  # the model was trained on 2,048 and more: the longer the rows, the better it can use what it knows
-global_batch_size = 2  # many small steps: with 4, half as many of them reach the same in the same time
+global_batch_size = 2  # many small steps; 4 rows in half as many steps reach the same
 micro_batch_size = 2
 max_iters = 280
 learning_rate = 2e-4  # a fifteenth of pretraining's: the weights are good already
@@ -22,5 +22,4 @@ weight_decay = 0.01
 eval_interval = 140  # the first evaluation is before step 1, so that you see where you start from
 log_interval = 10
 sample_interval = 280
-patience = 3  # on a megabyte of text overfitting is a matter of a few epochs
 also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end

@@ -5,7 +5,7 @@
 #   python export_gguf.py --model=out/tiny_chat                     # for llama.cpp and Ollama
 out_dir = "out/tiny_chat"
 init_from = "out/tiny_play"
-tokenizer = "out/tiny_play"  # its chat template is ChatML
+tokenizer = "out/tiny_play"  # it has no chat template, so the conversations are written in ChatML
 dataset = "tiny_chat"
 input = "data/chat/conversations.jsonl"
 

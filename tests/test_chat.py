@@ -1057,6 +1057,24 @@ def test_the_second_turn_reads_only_what_is_new(talker, released, passes):
     assert passes[0][0] == 0 and passes[0][1] > 100, "negative control"
 
 
+def test_the_next_renderer_is_started_ahead(released):
+    """While the user types: it is taken for the next question, replaced where it has died, and ends by itself when
+    nobody needs it."""
+    it = Chat(released)
+    first = it.template.renderer
+    assert first.poll() is None
+    say_all(it, "Who are you?", 2)
+    second = it.template.renderer
+    assert first.returncode == 0 and second is not first and second.poll() is None
+    second.kill()
+    second.wait()
+    say_all(it, "And then?", 2)
+    third = it.template.renderer
+    assert third.poll() is None
+    third.stdin.close()
+    assert third.wait(20) == 0 and third.stderr.read() == ""
+
+
 def test_undo_and_reset(talker, released):
     """After /undo the next answer is as if the turn had not been; /reset forgets all, and takes a system message."""
     say_all(talker, "One?")

@@ -44,6 +44,26 @@ def test_flags_convert_to_the_type_of_the_default():
     assert take("--rate=3e-4").rate == 3e-4
 
 
+@pytest.mark.parametrize("said, meant", [("True", "on"), ("false", "off"), ("auto", "auto"), ("on", "on")])
+def test_compile_is_said_as_in_nanogpt_too(said, meant, tmp_path):
+    """--compile=False is the first flag that a user of nanoGPT types on a laptop; a recipe may say it, too."""
+    (tmp_path / "r.py").write_text(f"compile = {said}" if said == "True" else f"compile = {said!r}")
+    for argv in ([f"--compile={said}"], [str(tmp_path / "r.py")]):
+        assert config.override(argv, train.Settings)[0].compile == meant
+    with pytest.raises(SystemExit):
+        config.override(["--compile=yes"], train.Settings)
+
+
+@pytest.mark.parametrize(
+    "key, hint", [("dropout", "token_noise"), ("eval_only", "evaluate.py"), ("wandb_log", "log.jsonl")]
+)
+def test_what_nanogpt_has_and_this_has_not(key, hint, capsys):
+    """The flags of its recipes are answered with what does that job here."""
+    with pytest.raises(SystemExit):
+        config.override([f"--{key}=1"], train.Settings)
+    assert f"--{key}=1: no such setting." in (said := capsys.readouterr().err) and hint in said
+
+
 def test_later_wins_and_recipes_come_before_flags(tmp_path):
     """Two recipes in order, then flags wherever they are; names with an underscore are the recipe's own."""
     (tmp_path / "a.py").write_text("steps = 1\nrate = 2\n_x = 3\nimport math\n")

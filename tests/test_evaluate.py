@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 
 from config import UserError
 
@@ -14,7 +15,6 @@ import prepare
 from checkpoint import load
 from dataloader import text_rows
 from evaluate import evaluate, read_ids, validation_ids
-from train import nullcontext
 
 
 @pytest.mark.parametrize("n", [2, 3, 8, 9, 10, 16, 17, 18, 25, 100])

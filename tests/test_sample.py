@@ -273,7 +273,7 @@ def test_the_command_prints_the_prompt_and_its_continuation(hf_directory):
 def test_compile_is_for_a_gpu(hf_directory):
     """On a CPU decode.c computes the tokens, and compiling for half a minute would change nothing."""
     done = run_script("sample.py", f"--model={hf_directory}", "--device=cpu", "--compile=true")
-    assert done.returncode == 1 and "--compile=true is for a GPU" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "--compile=on is for a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_compile_reaches_the_model(hf_directory, monkeypatch, capsys):

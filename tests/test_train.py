@@ -106,8 +106,8 @@ def test_evaluation_is_the_mean_over_tokens_however_it_is_batched(here):
         logits = model(inputs[None, :n])[0][0]
         losses += torch.nn.functional.cross_entropy(logits, targets[:n], reduction="none").tolist()
     for batch in (1, 4, 5, 64):
-        assert abs(train.evaluate(model, *rows, batch, train.nullcontext) - np.mean(losses)) < 1e-5
-    parts = [train.evaluate(model, *(x[r::2] for x in rows), 4, train.nullcontext) for r in (0, 1)]
+        assert abs(train.evaluate(model, *rows, batch, contextlib.nullcontext) - np.mean(losses)) < 1e-5
+    parts = [train.evaluate(model, *(x[r::2] for x in rows), 4, contextlib.nullcontext) for r in (0, 1)]
     assert abs(np.mean(parts) - np.mean(losses)) > 1e-5, "negative control: the mean of two means is another number"
 
 
@@ -210,12 +210,32 @@ def test_what_is_forgotten_is_printed_at_the_end(here, monkeypatch, capsys):
         model, tokenizer = checkpoint.load("out/t")
         ids, size = evaluate.read_ids(tokenizer, Path(file))
         rows = dataloader.text_rows(ids, 32, 32, 20)
-        loss = train.evaluate(model, *rows, 8, train.nullcontext)
+        loss = train.evaluate(model, *rows, 8, contextlib.nullcontext)
         assert abs(loss / math.log(2) * len(ids) / size - now) < 1e-4
+    go(monkeypatch, *tuned, "--max_iters=16", "--eval_rows=9", "--accept_changes=eval_rows")  # of other rows
+    assert "before" not in capsys.readouterr().out.rpartition("also ")[2]
     for wrong in ("gone.txt", "a.txt,gone.txt"):
         with pytest.raises(UserError, match="gone.txt: No such file"):
             go(monkeypatch, f"--also_eval={wrong}", "--out_dir=out/new")
     assert not os.path.exists("out/new/model.safetensors")
+
+
+def test_stopped_in_the_first_evaluation_it_is_made_up_for(here, monkeypatch, capsys):
+    """What a model is before fine-tuning can only be measured then: the resume does it."""
+    save_hf_directory(here / "m")
+    tuned = ("--init_from=m", "--tokenizer=m", "--dataset=own", "--also_eval=t.txt")
+    with monkeypatch.context() as patch:
+        real = train.evaluate
+
+        def stopped(*arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            return real(*arguments)
+
+        patch.setattr(train, "evaluate", stopped)
+        go(patch, *tuned)
+    assert state()["progress"]["step"] == 0 and not state()["progress"]["other_texts"]
+    go(monkeypatch, *tuned)
+    assert " before" in capsys.readouterr().out and 0 in log(key="val_loss")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -737,7 +757,7 @@ def test_the_model_kept_is_the_best_and_overfitting_is_said(here, monkeypatch, c
     model, _ = checkpoint.load("out/t")
     meta = prepare.read_meta("t")
     rows = dataloader.validation_rows("data/t/val.bin", meta["val_tokens"], 32, 20)
-    assert abs(train.evaluate(model, *rows, 8, train.nullcontext) - losses[best]) < 1e-5
+    assert abs(train.evaluate(model, *rows, 8, contextlib.nullcontext) - losses[best]) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1002,12 +1022,33 @@ def test_a_signal_between_two_exchanges_stops_both_processes(here, function):
 
 
 @pytest.mark.slow
-def test_processes_that_see_different_runs_are_told(here, monkeypatch):
-    """On machines without a common disk the first would go on and the other begin, and their gradients be averaged."""
-    go(monkeypatch, "--max_iters=4")
-    done = driven("if rank == 1: sys.argv.append('--out_dir=out/other')", "--max_iters=8")
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_processes_that_see_different_runs_are_told(here, monkeypatch, dtype):
+    """On machines without a common disk the first would go on and the other begin, and their gradients be averaged.
+    With dtype=auto they agree on a dtype before they compare their runs: both must come to that."""
+    go(monkeypatch, "--max_iters=4", f"--dtype={dtype}")
+    done = driven("if rank == 1: sys.argv.append('--out_dir=out/other')", "--max_iters=8", f"--dtype={dtype}")
     assert done.returncode != 0 and "do not see the same run" in done.stderr, done.stderr[-2000:]
     assert state()["progress"]["step"] == 4
+
+
+def test_what_is_forgotten_is_that_of_the_model_that_is_kept(here):
+    """The first process may still be writing it when the second would read it."""
+    save_hf_directory(here / "m")
+    flags = ("--init_from=m", "--tokenizer=m", "--dataset=own", "--also_eval=t.txt", "--max_iters=8")
+    done = driven(
+        "real = train.checkpoint.save_pretrained\n"
+        "def slow(*a):\n    time.sleep(2); real(*a)\n"
+        "train.checkpoint.save_pretrained = slow\n",
+        *flags,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = float(re.search(r"also +t.txt: ([\d.]+)", done.stdout)[1])
+    model, tokenizer = checkpoint.load("out/t")
+    ids, size = evaluate.read_ids(tokenizer, Path("t.txt"))
+    loss = train.evaluate(model, *dataloader.text_rows(ids, 32, 32, 20), 8, contextlib.nullcontext)
+    assert abs(loss / math.log(2) * len(ids) / size - shown) < 1e-3
+    assert shown < state()["progress"]["other_texts"]["t.txt"] - 0.01
 
 
 def test_a_left_over_local_rank_does_not_wait_for_others(here, monkeypatch):
