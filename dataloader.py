@@ -164,11 +164,14 @@ class Conversations:
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def batch(self, rows: range, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of these rows, (B, longest of them, rounded up to 32) int64 each."""
-        numbers = [self.number(row) for row in rows]
-        longest = max(int(self.lengths[n]) for n in numbers) - 1
-        inputs, targets = self.filled(numbers, min(self.T, 32 * math.ceil(longest / 32)))
+        """Inputs and targets of these rows, (B, width) int64 each."""
+        inputs, targets = self.filled([self.number(row) for row in rows], self.width(rows))
         return to_device(inputs, device), to_device(targets, device)
+
+    def width(self, rows: range) -> int:
+        """The longest of these rows, rounded up to 8: products like even numbers."""
+        longest = max(int(self.lengths[self.number(row)]) for row in rows) - 1
+        return min(self.T, 8 * math.ceil(longest / 8))
 
     def weight(self, rows: range) -> int:
         return sum(int(self.learnt[self.number(row)]) for row in rows)
@@ -179,8 +182,7 @@ class Conversations:
     def describe(self, micro: int) -> str:
         """How many there are, what was cut, and how much of what is computed in micro-batches of `micro` fills up."""
         rows = range(0, self.per_epoch // micro * micro)
-        longest = [max(int(self.lengths[self.number(r)]) - 1 for r in rows[a : a + micro]) for a in rows[::micro]]
-        filled = 1 - self.size(rows) / max(1, micro * sum(longest))
+        filled = 1 - self.size(rows) / max(1, micro * sum(self.width(rows[a : a + micro]) for a in rows[::micro]))
         return (
             f"{self.per_epoch:,} conversations; {self.cut:,} longer than {self.T} tokens, cut; {self.left_out:,} "
             f"without an answer in that, left out; {filled:.0%} padding"
