@@ -11,14 +11,14 @@ input = "data/chat/conversations.jsonl"
 
 block_size = 512  # the longest conversation; no row is filled up to this length, only to the longest beside it
 global_batch_size = 8
-micro_batch_size = 2  # of about the same length: 10% of what is computed is padding, with 4 it is 23%
-max_iters = 180  # four times through the conversations
-learning_rate = 2e-4
+micro_batch_size = 2  # of about the same length: 11% of what is computed is padding, with 4 it is 23%
+max_iters = 90  # twice through the conversations: the third time it learns them by heart
+learning_rate = 1.5e-4
 min_lr = 0.0
-warmup_iters = 18
+warmup_iters = 9
 weight_decay = 0.01
 
-eval_interval = 45  # once through; the first evaluation is before step 1
+eval_interval = 30  # the first evaluation is before step 1
 log_interval = 5
 sample_interval = 45
 also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end
