@@ -511,7 +511,7 @@ def report_other_texts(run: Run):
     kept, _ = checkpoint.load(run.out_dir, run.device, torch.float32)
     for file, bits in other_texts(run, kept).items():
         before = run.p.other_texts.get(file)
-        change = f", {bits / before - 1:+.1%} of the {before:.4f} before" if before else ""
+        change = f", {before:.4f} before ({bits / before - 1:+.1%})" if before else ""
         run.say(f"also     {file}: {bits:.4f} bits per byte{change}")
 
 

@@ -206,7 +206,7 @@ def test_what_is_forgotten_is_printed_at_the_end(here, monkeypatch, capsys):
     assert set(shown) == set(before) == {"a.txt", "t.txt"}
     for file, line in shown.items():
         now = float(line.split()[0])
-        assert line == f"{now:.4f} bits per byte, {now / before[file] - 1:+.1%} of the {before[file]:.4f} before"
+        assert line == f"{now:.4f} bits per byte, {before[file]:.4f} before ({now / before[file] - 1:+.1%})"
         model, tokenizer = checkpoint.load("out/t")
         ids, size = evaluate.read_ids(tokenizer, Path(file))
         rows = dataloader.text_rows(ids, 32, 32, 20)
@@ -228,6 +228,7 @@ def test_stopped_in_the_first_evaluation_it_is_made_up_for(here, monkeypatch, ca
         real = train.evaluate
 
         def stopped(*arguments):
+            patch.setattr(train, "evaluate", real)  # the second signal would quit at once
             os.kill(os.getpid(), signal.SIGINT)
             return real(*arguments)
 
