@@ -508,7 +508,9 @@ def report_other_texts(run: Run):
         return
     if run.world > 1:
         dist.barrier()  # the first process may still be writing it
-    kept, _ = checkpoint.load(run.out_dir, run.device, torch.float32)
+    kept = run.model
+    if run.kept_step != run.p.step:
+        kept, _ = checkpoint.load(run.out_dir, run.device, torch.float32)
     for file, bits in other_texts(run, kept).items():
         before = run.p.other_texts.get(file)
         change = f", {before:.4f} before ({bits / before - 1:+.1%})" if before else ""
