@@ -18,7 +18,7 @@ min_lr = 0.0
 warmup_iters = 11
 weight_decay = 0.01
 
-eval_interval = 112  # at both ends alone: the loss is best after the first time, the answers are better after the second
+eval_interval = 112  # at both ends alone: the loss is best after once through, the answers are better after twice
 log_interval = 5
 sample_interval = 112
 also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end

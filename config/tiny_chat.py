@@ -11,13 +11,13 @@ input = "data/chat/conversations.jsonl"
 
 block_size = 512
 global_batch_size = 16
-micro_batch_size = 16
-max_iters = 200  # nine times through the conversations
+micro_batch_size = 4
+max_iters = 80  # not four times through the conversations
 learning_rate = 1e-3
 min_lr = 0.0
-warmup_iters = 20
+warmup_iters = 8
 weight_decay = 0.1
 
-eval_interval = 50  # the first evaluation is before step 1
+eval_interval = 40  # the first evaluation is before step 1
 log_interval = 25
-sample_interval = 100
+sample_interval = 80

@@ -15,12 +15,12 @@ num_key_value_heads = 2
 block_size = 512  # the context of the chat model, too
 global_batch_size = 4
 micro_batch_size = 4
-max_iters = 400
+max_iters = 150  # seven times through the play; more of them memorize it
 learning_rate = 3e-3
 min_lr = 1e-4
 warmup_iters = 50
 weight_decay = 0.5  # with the noise, against memorizing a short text
 token_noise = 0.1
 
-eval_interval = 100
+eval_interval = 50
 log_interval = 50
