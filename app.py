@@ -228,9 +228,12 @@ def write(models: Models, record: Record, name: str, int8: bool, prompt: str, me
     """
     numbers = {key: clamp(key, value) for key, value in numbers.items()}
     if messages is not None:
-        messages = check_messages(messages)
-        if messages[-1]["role"] != "user":
-            raise UserError("the last message must be the user's, so that there is something to answer.")
+        try:
+            messages = check_messages(messages)
+            if messages[-1]["role"] != "user":
+                raise UserError("the last message must be the user's, so that there is something to answer")
+        except UserError as error:
+            raise UserError(f"messages: {error}.") from None
         prompt = messages[-1]["content"] + "\n"  # what is shown before the answer
     if not all(isinstance(text, str) and is_text(text) for text in (prompt, name or "")):
         raise UserError("the prompt and the model's name must be text, and without half a surrogate pair.")

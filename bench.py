@@ -187,7 +187,7 @@ def decoding(who: str, device: str, folder: str, int8: bool, depth: int, rows: i
     else:
         model = from_pretrained(folder, device, torch.bfloat16)
         if depth + NEW > model.config.max_position_embeddings:  # generate() would read the end of the prompt alone
-            raise UserError(f"the model's context is {model.config.max_position_embeddings} positions")
+            raise UserError(f"{depth + NEW} positions are beyond the model's {model.config.max_position_embeddings}")
         if int8:
             quantize(model, "int8")
         if device != "cpu":
@@ -577,8 +577,8 @@ def machine_info(device: str, limits: dict, vs: list[str]) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     peer = None
-    if "llamacpp" in vs:
-        import xllamacpp  # write_ggufs() has seen that it can be imported
+    if "llamacpp" in vs and versions["xllamacpp"]:
+        import xllamacpp
 
         peer = xllamacpp.get_system_info().strip(" |")
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
@@ -610,7 +610,7 @@ def print_card(work: str, r: dict):
     if r["ratio"]:
         print(f"  {r['ratio']:.2f} x {r['best_peer']}, the best peer\n", flush=True)
     else:
-        print("  times as long beside two busy programs as alone\n" if work == "busy" else "  no peer\n", flush=True)
+        print("  (how many times as long beside two busy programs)\n" if work == "busy" else "  no peer\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def check_messages(messages) -> list[dict]:
         if message["role"] == "system" and i > 1:
             raise UserError(f"message {i} is a system message: it can only be the first")
         if not is_text(message["content"]):
-            raise UserError(f"message {i} holds what UTF-8 cannot")
+            raise UserError(f"message {i} holds what UTF-8 cannot: half a surrogate pair")
     return [dict(role=m["role"], content=m["content"]) for m in messages]
 
 

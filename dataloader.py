@@ -180,9 +180,11 @@ class Conversations:
         return sum(int(self.lengths[self.number(row)]) - 1 for row in rows)
 
     def describe(self, micro: int) -> str:
-        """How many there are, what was cut, and how much of what is computed in micro-batches of `micro` fills up."""
-        rows = range(0, self.per_epoch // micro * micro)
-        filled = 1 - self.size(rows) / max(1, micro * sum(self.width(rows[a : a + micro]) for a in rows[::micro]))
+        """How many there are, what was cut, and how much of what an epoch's steps compute fills up, in micro-batches of
+        at most `micro` rows."""
+        steps = [range(a, a + self.group) for a in range(0, max(self.per_epoch, self.group), self.group)]
+        batches = [step[a : a + micro] for step in steps for a in range(0, self.group, micro)]
+        filled = 1 - sum(map(self.size, batches)) / sum(len(batch) * self.width(batch) for batch in batches)
         return (
             f"{self.per_epoch:,} conversations; {self.cut:,} longer than {self.T} tokens, cut; {self.left_out:,} "
             f"without an answer in that, left out; {filled:.0%} padding"

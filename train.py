@@ -70,8 +70,7 @@ class Settings:
     accept_changes: str = ""  # settings, comma-separated, that may differ from those of the run that is resumed
     eval_interval: Count = 100  # steps between evaluations; each saves state.pt, and the model if it is the best so far
     eval_rows: Count = 2000  # at most this many validation rows, spread evenly; all of them if there are fewer
-    also_eval: str = ""  # text files, comma-separated, measured at the end, and first where a model is fine-tuned: what
-    #                      it forgets
+    also_eval: str = ""  # text files, comma-separated, measured at the end, and before step 1 of fine-tuning
     patience: Whole = 0  # stop after this many evaluations without improvement; 0 never
     log_interval: Count = 10  # steps between log lines
     sample_interval: Whole = 0  # steps between printed samples of text; 0 none
@@ -509,7 +508,7 @@ def report_other_texts(run: Run):
     if run.world > 1:
         dist.barrier()  # the first process may still be writing it
     kept = run.model
-    if run.kept_step != run.p.step:
+    if run.kept_step != run.p.step or run.kept_loss != run.p.best_val_loss:
         kept, _ = checkpoint.load(run.out_dir, run.device, torch.float32)
     for file, bits in other_texts(run, kept).items():
         before = run.p.other_texts.get(file)

@@ -11,7 +11,7 @@ tokenizer = "out/SmolLM2-135M-Instruct"  # no other fits the weights
 dataset = "shakespeare_smollm2"
 
 block_size = 512  # the model was trained on 2,048 and more: the longer the rows, the better it can use what it knows
-global_batch_size = 2  # many small steps; twice the rows in half as many steps reach the same
+global_batch_size = 2  # twice the rows in half as many steps reach the same
 micro_batch_size = 2
 max_iters = 280
 learning_rate = 2e-4  # a fifteenth of pretraining's: the weights are good already

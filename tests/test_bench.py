@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -115,7 +117,24 @@ def test_beside_others(monkeypatch, tmp_path):
     contender = bench.beside_others("reading", "cpu", "", torch.float32)
     next(contender)
     assert [next(contender), next(contender)] == [3.0, 2.0]
-    assert not [p for p in psutil.Process().children() if "while True" in " ".join(p.cmdline())]
+    assert not [p for p in psutil.Process().children() if "getppid" in " ".join(p.cmdline())]
+
+
+@pytest.mark.slow
+def test_busy_programs_end_with_their_parent(tmp_path):
+    """A bench that is killed must not leave two cores busy for ever."""
+    import psutil
+
+    code = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]]).pid, flush=True)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code + "; time.sleep(99)", bench.SPINNING], stdout=subprocess.PIPE, text=True
+    )
+    spinner = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(0.5)
+    assert spinner.is_running() and spinner.status() != psutil.STATUS_ZOMBIE
+    parent.kill()
+    parent.wait()
+    spinner.wait(20)
 
 
 def test_without_the_resource_module(monkeypatch, capsys):

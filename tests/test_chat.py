@@ -689,13 +689,27 @@ def test_a_batch_is_the_same_however_rows_are_grouped(here):
             some = range(a, min(a + micro, 16))
             i, t = rows.batch(some, "cpu")
             width = i.size(1)
-            assert width % 8 == 0 or width == rows.T
+            longest = max(int(rows.lengths[rows.number(row)]) - 1 for row in some)
+            assert width == rows.width(some) == min(rows.T, 8 * math.ceil(longest / 8))
             assert torch.equal(i, inputs[a - 8 : a - 8 + len(some), :width])
             assert torch.equal(t, targets[a - 8 : a - 8 + len(some), :width])
             assert (targets[a - 8 : a - 8 + len(some), width:] == -100).all()
     assert (
         rows.weight(range(8, 16)) == (targets != -100).sum() == sum(rows.weight(range(r, r + 1)) for r in range(8, 16))
     )
+
+
+@pytest.mark.parametrize("count, micro", [(40, 3), (40, 8), (4, 8)])
+def test_the_padding_that_is_announced_is_what_is_computed(here, count, micro):
+    """Over an epoch of steps of 8 rows, also where micro-batches do not fit into them, or conversations are few."""
+    prepared(count=count)
+    rows, computed, used = some_rows(), 0, 0
+    for first in range(0, max(rows.per_epoch, 8), 8):
+        for a in range(first, first + 8, micro):
+            some = range(a, min(a + micro, first + 8))
+            computed += rows.batch(some, "cpu")[0].numel()
+            used += sum(int(rows.lengths[rows.number(row)]) - 1 for row in some)
+    assert f"; {1 - used / computed:.0%} padding" in rows.describe(micro)
 
 
 def test_what_is_cut_and_what_is_left_out_is_counted(here):

@@ -1033,6 +1033,7 @@ def test_processes_that_see_different_runs_are_told(here, monkeypatch, dtype):
     assert state()["progress"]["step"] == 4
 
 
+@pytest.mark.slow
 def test_what_is_forgotten_is_that_of_the_model_that_is_kept(here):
     """The first process may still be writing it when the second would read it."""
     save_hf_directory(here / "m")
