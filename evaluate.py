@@ -56,7 +56,7 @@ def evaluate(model, inputs, targets, batch_size, autocast, rank=0, world=1, stop
             break
         inputs, targets = all_inputs[a : a + batch_size], all_targets[a : a + batch_size]
         missing = batch_size - len(inputs)
-        if missing:  # one shape for all texts, so that a compiled model compiles once
+        if missing:  # one shape for most batches, so that a compiled model seldom compiles again
             inputs, targets = F.pad(inputs, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=-100)
         counted = targets != -100
         count = int(counted.sum())
