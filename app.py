@@ -712,7 +712,8 @@ def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
         [panel.go.click, panel.prompt.submit], write_all, [box, int8, panel.prompt, *panel.models, *knobs],
         panel.shown(), show_progress="minimal", show_progress_on=panel.texts, **ONE_AT_A_TIME, **PRIVATE,
     )  # fmt: skip
-    panel.stop.click(stop, box, panel.shown(), cancels=generation, **QUIET)
+    stopped = panel.stop.click(stop, box, panel.shown(), cancels=generation, **QUIET)
+    stopped.then(panel.draw, box, panel.shown(), **QUIET)  # again: a token on its way may have been drawn over it
     if panel.clear is not None:
         panel.clear.click(clear, box, [panel.prompt, *panel.shown()], cancels=generation, **QUIET)
     return generation
@@ -763,7 +764,8 @@ def connect_chat(models: Models, bots: list[gr.Chatbot], shown: list, sends: lis
     looks = dict(show_progress="minimal", show_progress_on=shown[1], **ONE_AT_A_TIME, **PRIVATE)
     again = [event for bot in bots for event in (bot.retry, bot.edit)]
     answers = gr.on([*sends, *again], answer, [state, *inputs], outputs, **looks)
-    stop.click(halt, state, shown, cancels=answers, **QUIET)
+    stopped = stop.click(halt, state, shown, cancels=answers, **QUIET)
+    stopped.then(lambda talk: talk.draw(), state, shown, **QUIET)  # as in connect_panel()
     gr.on([bot.undo for bot in bots], undo, state, outputs, cancels=answers, **QUIET)
     gr.on([bot.clear for bot in bots], begin_anew, state, shown, cancels=answers, **QUIET)
 
