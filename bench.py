@@ -47,9 +47,9 @@ from device import (
 )
 from files import write_json
 from model import PRESETS, KVCache, SmolLM2
+from optimizer import make_optimizer
 from quantize import quantize
 from sample import generate, prefill
-from train import make_optimizer
 
 
 @dataclass
@@ -105,7 +105,7 @@ def training(who: str, device: str, vocab: int, rows: int, T: int, dtype: torch.
         def loss_of(ids):
             return model(ids[:, :-1], labels=ids[:, :-1]).loss
 
-    optimizer = make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
+    optimizer = make_optimizer(model, "adamw", 1e-4, 0.1, (0.9, 0.95))
     ids = torch.randint(0, vocab, (rows, T + 1), device=device)
 
     def rate(n):

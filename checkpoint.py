@@ -417,11 +417,13 @@ def restore(state: dict, path: Path, model: SmolLM2, optimizer, scaler):
         moments, groups = state["optimizer"]["state"], optimizer.state_dict()["param_groups"]
         if [g["params"] for g in groups] != [g["params"] for g in state["optimizer"]["param_groups"]]:
             raise ValueError("an optimizer of other parameters")
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         kinds = {t.dtype for t in state["model"].values()}
-        for i, p in enumerate(parameters if moments else []):  # there are none before the first step
-            if {moments[i][key].shape for key in ("exp_avg", "exp_avg_sq")} != {p.shape} or moments[i]["step"].dim():
-                raise ValueError(f"moments of another shape than {list(p.shape)}")
+        for i, (p, group) in enumerate(parameters if moments else []):  # there are none before the first step
+            names = {"momentum_buffer"} if "momentum" in group else {"exp_avg", "exp_avg_sq", "step"}  # Muon or AdamW
+            shapes = {name: torch.Size() if name == "step" else p.shape for name in names}
+            if {name: t.shape for name, t in moments[i].items()} != shapes:
+                raise ValueError(f"moments of another kind or shape than those of {list(p.shape)}")
             kinds |= {t.dtype for t in moments[i].values()}
         if kinds != {torch.float32}:
             raise ValueError("numbers that are not float32")

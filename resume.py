@@ -16,15 +16,15 @@ from config import UserError
 import checkpoint
 from files import damage_named
 
-# Settings that may differ between a stop and a resume: none of them changes which steps are taken. max_iters may rise,
-# which adds steps at the end of the schedule. Every other change must be named in accept_changes, but for those of the
-# architecture: another shape is another model.
+# Settings that may differ between a stop and a resume: none of them changes what a step does. max_iters and max_epochs
+# say where the run ends. Every other change must be named in accept_changes. What FIXED names cannot change: another
+# shape is another model, and another optimizer has another state.
 MAY_CHANGE = (
     "out_dir init_from accept_changes also_eval eval_interval log_interval sample_interval patience micro_batch_size "
-    "max_iters device compile peak_tflops"
+    "max_iters max_epochs device compile peak_tflops"
 ).split()
-ARCHITECTURE = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+FIXED = (
+    "optimizer hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings initializer_range"
 ).split()
 
@@ -54,9 +54,10 @@ def check_settings(s):
     unknown = [key for key in named if key not in {f.name for f in fields(s)}]
     if unknown:
         raise UserError(f"--accept_changes: {', '.join(unknown)}: no such setting.")
-    if shape := [key for key in named if key in ARCHITECTURE]:
+    if shape := [key for key in named if key in FIXED]:
         raise UserError(
-            f"--accept_changes: {', '.join(shape)}: a run cannot change its model's shape. Use another --out_dir."
+            f"--accept_changes: {', '.join(shape)}: a run cannot change its model's shape, nor its optimizer. Use "
+            "another --out_dir."
         )
     out_dir = Path(s.out_dir)
     if not s.out_dir.strip():
@@ -114,6 +115,6 @@ def check_resume(state: dict, s, facts: dict, path: Path):
             problems.append(f"the {key.replace('_', ' ')} was {str(before)[:12]}, is {str(value)[:12]}")
     if problems:
         remedy = f"Use the old values, another --out_dir, or --init_from=scratch to start {path.parent} over."
-        if acceptable := [key for key in changed if key not in ARCHITECTURE]:
-            remedy += f" To go on all the same: --accept_changes={','.join([*accepted, *acceptable])}"
+        if changed and not set(changed) & set(FIXED):
+            remedy += f" To go on all the same: --accept_changes={','.join([*accepted, *changed])}"
         raise UserError(f"{path} is of a run with other settings: {'; '.join(problems)}.\n{remedy}")

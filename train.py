@@ -1,7 +1,7 @@
 """
 Train SmolLM2 from scratch, or from released weights, on what prepare.py made. Stop it any time; it goes on from there.
 
-    python train.py config/tiny_shakespeare.py                  # a small model, under four minutes on two CPU cores
+    python train.py config/tiny_shakespeare.py                  # a small model, three to six minutes on two CPU cores
     python train.py config/smol_shakespeare.py                  # the full 135M shape, about 25 minutes
     python train.py config/smol_shakespeare.py                  # the same again: it goes on where it stopped
     python train.py config/finetune_smollm2.py                  # from the released weights
@@ -50,6 +50,7 @@ from device import (
 from evaluate import evaluate, read_ids
 from files import Busy, Log, exclusive, file_sha256
 from model import SmolLM2, SmolLM2Config
+from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizer
 from resume import (
     Progress,
     changes_accepted,
@@ -78,8 +79,11 @@ class Settings:
     global_batch_size: Count = 16  # rows per optimizer step, all processes together: this decides the result
     micro_batch_size: Count = 16  # rows per forward pass: whatever fits in memory and is fast
     block_size: Count = 256  # tokens per row
-    # the optimizer: AdamW
+    # the optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
     max_iters: Whole = 1000  # steps
+    max_epochs: NotNegative = 0.0  # at most so many passes over the training data, with warmup and intervals to match;
+    #                                0 no limit
     learning_rate: Positive = 1e-3  # the peak, after warmup
     min_lr: NotNegative = 1e-4  # where the schedule ends
     warmup_iters: Whole = 50  # steps from 0 to the peak
@@ -137,6 +141,15 @@ class Run:
         facts = "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()
         self.facts = {key: self.meta[key] for key in facts}  # what must be the same on a resume
 
+        # where the data are short, fewer steps, a schedule and intervals that fit them
+        self.asked_iters, most = s.max_iters, s.max_epochs * self.rows.per_epoch / s.global_batch_size
+        self.shortened = 0 < most < s.max_iters
+        if self.shortened:
+            s.max_iters = max(1, math.ceil(most))
+            s.lr_decay_iters = min(s.lr_decay_iters, s.max_iters)
+            for key, parts in dict(warmup_iters=4, eval_interval=4, sample_interval=4, log_interval=10).items():
+                setattr(s, key, min(getattr(s, key), max(1, s.max_iters // parts)))
+
         # the state to resume from, if there is one
         self.state_file, state = self.out_dir / "state.pt", None
         self.p = Progress(lr_decay_iters=s.lr_decay_iters or s.max_iters)
@@ -155,7 +168,8 @@ class Run:
         self.model.to(device).train()
 
         # the optimizer and the precision of matrix products; weights are float32
-        self.optimizer = make_optimizer(self.model, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
+        betas = s.beta1, s.beta2
+        self.optimizer = make_optimizer(self.model, s.optimizer, s.learning_rate, s.weight_decay, betas)
         if s.dtype == "auto" and device == "cpu" and self.p.cpu_dtype and "dtype" not in changes_accepted(s):
             self.dtype, self.dtype_reason = DTYPES[self.p.cpu_dtype], "as when this run began"
         else:
@@ -385,56 +399,6 @@ def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float, step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# optimizer and schedule
-
-
-def make_optimizer(model: SmolLM2, learning_rate: float, weight_decay: float, betas: tuple[float, float]):
-    """AdamW with decay on the matrices and none on the norm weights; every parameter in exactly one group."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = model.device.type in ("cpu", "cuda")  # one kernel for all; on a CPU three to six times the plain one
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
-
-
-def learning_rate_at(step: int, s: Settings, decay_iters: int) -> float:
-    """The learning rate of step 0, 1, ...: (1) warmup, (2) after the schedule's end min_lr, (3) in between."""
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / s.warmup_iters
-    if s.lr_schedule == "constant":
-        return s.learning_rate
-    if step >= decay_iters:
-        return s.min_lr
-    if s.lr_schedule == "cosine":
-        progress = (step - s.warmup_iters) / (decay_iters - s.warmup_iters)
-        return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
-    decay = decay_iters - decay_begins(s, decay_iters)  # wsd
-    return s.min_lr + min(1.0, (decay_iters - step) / decay) * (s.learning_rate - s.min_lr)
-
-
-def decay_begins(s: Settings, decay_iters: int) -> int:
-    """wsd: the step at which the stable phase ends."""
-    return decay_iters - max(1, round(s.decay_fraction * decay_iters))
-
-
-def check_schedule(s: Settings, decay_iters: int) -> list[str]:
-    """Warnings about a schedule that makes little sense; UserError where its parts overlap."""
-    if s.lr_schedule == "wsd" and s.warmup_iters > decay_begins(s, decay_iters):
-        raise UserError(
-            f"--warmup_iters={s.warmup_iters} and a decay over --decay_fraction={s.decay_fraction} of {decay_iters:,} "
-            "steps overlap. Use a shorter warmup or decay, or more steps."
-        )
-    warnings = []
-    end = min(s.max_iters, decay_iters) if s.lr_schedule != "constant" else s.max_iters
-    if s.warmup_iters >= end > 0:
-        warnings.append(f"--warmup_iters={s.warmup_iters}: it ends at step {end:,}, before the peak is reached")
-    if s.min_lr > s.learning_rate and s.lr_schedule != "constant":
-        warnings.append(f"--min_lr={s.min_lr:g} is above --learning_rate={s.learning_rate:g}: the rate will rise")
-    return warnings
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # evaluation
 
 
@@ -596,7 +560,16 @@ def announce(run: Run):
         f"step     micro-batch {run.micro} x accumulation {accumulation} x processes {run.world} = "
         f"{s.global_batch_size} rows x {s.block_size} tokens = {run.step_tokens:,} tokens"
     )
-    say(f"epochs   {steps_per_epoch:.1f} steps each, {s.max_iters / steps_per_epoch:.1f} in {s.max_iters:,} steps")
+    limit = f": max_epochs={s.max_epochs:g}, instead of {run.asked_iters:,}" if run.shortened else ""
+    epochs = s.max_iters / steps_per_epoch
+    say(f"epochs   {steps_per_epoch:.1f} steps each, {epochs:.1f} in {s.max_iters:,} steps{limit}")
+    # 364 is config/smol_shakespeare.py on Tiny Shakespeare, at its best after two epochs; 8 the tiny recipe's, five
+    if p.step == 0 and run.origin in ("auto", "scratch") and n["total"] > 100 * meta["train_tokens"] and epochs > 1:
+        advice = "config/tiny_shakespeare.py suits a short text" if n["total"] > 10**7 else "more text would help most"
+        say(
+            f"!! {n['total'] / meta['train_tokens']:,.0f} parameters for each token of the text: the model will soon "
+            f"know it by heart. What is kept is the best model on the way, which comes early; {advice}."
+        )
     say(f"device   {run.device}, {torch.get_num_threads()} threads; {str(run.dtype)[6:]}: {run.dtype_reason}")
     say(f"compile  {'on' if run.compiled else 'off'}: {run.compile_reason}")
     if run.peak:
@@ -611,13 +584,20 @@ def announce(run: Run):
                 f"!! the schedule ends at step {p.lr_decay_iters:,}, and the rest runs at min_lr={s.min_lr:g}. To "
                 f"stretch it: {stretched}"
             )
+        if run.shortened and s.max_iters < p.lr_decay_iters:
+            say(
+                f"!! max_epochs={s.max_epochs:g} ends the run at step {s.max_iters:,}, before its schedule ends at "
+                f"{p.lr_decay_iters:,}. To go on to there: {run.again(max_epochs=0)}"
+            )
 
 
 def already_finished(run: Run) -> bool:
     """Whether the run had come to its end before; prints what would continue it."""
     s, p = run.s, run.p
     if p.step >= s.max_iters and p.evaluated == p.step:
-        longer = dict(max_iters=2 * s.max_iters)
+        longer = dict(max_iters=2 * s.max_iters) | (dict(max_epochs=0) if s.max_epochs else {})
+        if run.shortened:
+            longer |= dict(warmup_iters=s.warmup_iters, eval_interval=s.eval_interval)
         if s.lr_schedule != "constant":
             longer |= dict(lr_decay_iters=2 * s.max_iters, accept_changes="lr_decay_iters")
         run.say(f"finished at step {p.step:,}. More steps: {run.again(**longer)}")
@@ -737,11 +717,14 @@ def resume(run: Run) -> dict:
     """
     s, accepted = run.s, changes_accepted(run.s)
     state = checkpoint.load_state(run.state_file)
+    # a setting that an earlier version of train.py did not have was what its default is
+    state["settings"] = asdict(Settings()) | state["settings"]
     check_resume(state, s, run.facts, run.state_file)
     run.p, then = read_progress(state, run.state_file), state["settings"]
     run.saved, run.origin, ended = run.p.step, then["init_from"], run.p.lr_decay_iters
     if s.max_iters < run.p.step:
-        raise UserError(f"--max_iters={s.max_iters}: {run.out_dir} is at step {run.p.step:,} already.")
+        limit = f"max_epochs={s.max_epochs:g} (--max_epochs=0 lifts it)" if run.shortened else "--max_iters"
+        raise UserError(f"{run.out_dir} is at step {run.p.step:,} already; {limit} ends it at {s.max_iters:,}.")
     stretched = (s.lr_decay_iters or s.max_iters) if "lr_decay_iters" in accepted else ended
     begun = run.p.step > decay_begins(replace(s, decay_fraction=then["decay_fraction"]), ended)
     if s.lr_schedule == "wsd" and stretched > ended and begun:

@@ -17,6 +17,7 @@ import app  # noqa: E402
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),  # one Chromium at a time
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium"),
 ]
 
@@ -102,8 +103,9 @@ def finished(page, why="stopped: ", count=1):
     page.wait_for_function("([why, n]) => document.body.innerText.split(why).length > n", arg=[why, count])
 
 
-def wait_to_grow(page, selector, times=2):
-    """Return when the last text of this selector has changed so often, not from nothing."""
+def wait_to_change(page, selector, times=2):
+    """Return when the last element of this selector has had a text, and then so many others."""
+    page.locator(selector).last.filter(has_text=re.compile(".")).wait_for()
     text = "ts => [...document.querySelectorAll(ts)].at(-1)?.textContent"
     for _ in range(times):
         before = page.evaluate(text, selector)
@@ -163,7 +165,7 @@ def test_text_streams(visit, slow):
     counted = slow(0.05)
     page = visit()
     send(page)
-    wait_to_grow(page, "#text .wrote", times=3)
+    wait_to_change(page, "#text .wrote", times=3)
     assert not counted.ended.is_set(), "it was shown only when it was whole"
     page.get_by_role("button", name="Stop").first.click()
     finished(page)
@@ -339,7 +341,7 @@ def test_chat_streams_and_stops(visit, chat_url, slow):
     page = visit(address=chat_url)
     send(page, "Hello", "#say")
     wait_for_messages(page, 2)
-    wait_to_grow(page, ".talk .message .md")
+    wait_to_change(page, ".talk .message .md")
     assert not counted.ended.is_set(), "it was shown only when it was whole"
     page.get_by_role("button", name="Stop").first.click()
     finished(page, "stopped: you stopped it")
@@ -459,6 +461,7 @@ def test_keyboard_only(visit):
     page.keyboard.type("What")
     assert page.locator("#prompt textarea").input_value() == "MARA:\nWhat"
     for _ in range(3):  # the page may give the focus to the text box once more while it is still being set up
+        page.locator("#prompt textarea").focus()
         page.keyboard.press("Tab")
         page.wait_for_timeout(300)
         if page.evaluate("document.activeElement.innerText") == "Generate":

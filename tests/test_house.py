@@ -15,14 +15,15 @@ MAY_IMPORT = {name: ORDER[:i] for i, name in enumerate(ORDER)} | {
     "prepare": ["config", "files", "conversations"],  # no torch: it must start at once
     "dataloader": ["config", "files", "prepare"],
     "resume": ["config", "files", "checkpoint"],
+    "optimizer": ["config"],
     "evaluate": ORDER + DATA,
-    "train": ORDER + DATA + ["resume", "evaluate"],
-    "verify_hf": ORDER + DATA + ["resume", "evaluate", "train"],
+    "train": ORDER + DATA + ["resume", "optimizer", "evaluate"],
+    "verify_hf": ORDER + DATA + ["resume", "optimizer", "evaluate", "train"],
     "ggml": ["config", "files"],
-    "export_gguf": ORDER + DATA + ["resume", "evaluate", "train", "ggml"],
+    "export_gguf": ORDER + DATA + ["resume", "optimizer", "evaluate", "train", "ggml"],
     "import_gguf": ORDER + DATA + ["ggml"],
-    "app": ORDER + DATA + ["resume", "evaluate", "train"],
-    "bench": ORDER + DATA + ["resume", "evaluate", "train", "ggml", "export_gguf"],
+    "app": ORDER + DATA + ["resume", "optimizer", "evaluate", "train"],
+    "bench": ORDER + DATA + ["resume", "optimizer", "evaluate", "train", "ggml", "export_gguf"],
 }
 
 

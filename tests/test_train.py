@@ -257,17 +257,18 @@ def test_a_measured_dtype_is_measured_once(here, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stopped_and_resumed_is_the_same_run_to_the_last_bit(here, monkeypatch, dtype, capsys):
+@pytest.mark.parametrize("dtype, optimizer", [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])
+def test_stopped_and_resumed_is_the_same_run_to_the_last_bit(here, monkeypatch, dtype, optimizer, capsys):
     """Weights, optimizer, losses, learning rates: with three stops, at steps that are no evaluation, as with none."""
-    go(monkeypatch, f"--dtype={dtype}")
+    flags = [f"--dtype={dtype}", f"--optimizer={optimizer}"]
+    go(monkeypatch, *flags)
     for step, number in ((2, signal.SIGINT), (7, signal.SIGTERM), (9, signal.SIGINT)):
         with monkeypatch.context() as patch:
             stop_at(patch, step, number)
-            go(patch, f"--dtype={dtype}", "--out_dir=out/stops")
+            go(patch, *flags, "--out_dir=out/stops")
         assert state("out/stops")["progress"]["step"] == step + 1
         assert "stopped at step" in capsys.readouterr().out
-    go(monkeypatch, f"--dtype={dtype}", "--out_dir=out/stops")
+    go(monkeypatch, *flags, "--out_dir=out/stops")
     a, b = state(), state("out/stops")
     for key in ("config", "model", "optimizer", "scaler", "facts"):
         assert same(a[key], b[key]), key
@@ -317,14 +318,70 @@ def test_a_finished_run_says_so_and_more_steps_can_be_added(here, monkeypatch, c
 
 
 @pytest.mark.slow
+def test_a_short_text_ends_the_run_early(here, monkeypatch, capsys):
+    """A recipe made for a megabyte would read a page hundreds of times, and evaluate when it is known by heart. The
+    whole schedule is shortened, warmup too, evaluations come often enough, and the command printed for more steps, or
+    to go on beyond the limit, does so."""
+    recipe = "--max_iters=1000 --max_epochs=1 --eval_interval=500 --warmup_iters=50 --sample_interval=400".split()
+    go(monkeypatch, *recipe)
+    out, rates = capsys.readouterr().out, log(key="lr")
+    steps = math.ceil(prepare.read_meta("t")["train_tokens"] // 32 / 8)
+    assert 8 < steps < 30 and state()["progress"]["step"] == steps and "max_epochs=1, instead of 1,000" in out
+    assert max(rates, key=rates.get) <= steps // 4 + 1 and rates[steps] < rates[steps // 2] / 2
+    assert len(log(key="val_loss")) >= 4 <= len(log(key="sample"))
+    go(monkeypatch, *recipe)
+    said = re.search(r"More steps: python train.py (.*)", capsys.readouterr().out)[1]
+    monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(said)])
+    train.main()
+    assert state()["progress"]["step"] == 2 * steps and len(log(key="val_loss")) >= 8
+
+
+@pytest.mark.slow
+def test_a_limit_in_epochs_of_a_run_that_began_without_is_said(here, monkeypatch, capsys):
+    """It would end at a high rate, without a word, or be refused with a number that nobody gave."""
+    long = ["--max_iters=100", "--eval_interval=50"]
+    for step, out_dir in ((3, "out/t"), (40, "out/beyond")):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            go(patch, *long, f"--out_dir={out_dir}")
+    go(monkeypatch, *long, "--max_epochs=1")
+    assert "before its schedule ends at 100. To go on to there:" in capsys.readouterr().out
+    with pytest.raises(UserError, match="at step 41 already; max_epochs=1 .--max_epochs=0 lifts it. ends it at"):
+        go(monkeypatch, *long, "--max_epochs=1", "--out_dir=out/beyond")
+
+
+@pytest.mark.parametrize("most", ["1e308", "0.0001"])
+def test_limits_in_epochs_without_meaning_do_no_harm(here, monkeypatch, most):
+    go(monkeypatch, "--max_iters=2", f"--max_epochs={most}")
+    assert state()["progress"]["step"] == (2 if most == "1e308" else 1)
+
+
+@pytest.mark.slow
+def test_a_model_too_large_for_its_text_is_warned_of(here, monkeypatch, capsys):
+    """And one that is not, is not."""
+    go(monkeypatch, "--max_iters=0", "--hidden_size=256", "--intermediate_size=512")
+    assert "by heart" not in capsys.readouterr().out  # no step, nothing learnt
+    go(monkeypatch, "--max_iters=50", "--hidden_size=256", "--intermediate_size=512", "--init_from=scratch")
+    assert "parameters for each token of the text" in capsys.readouterr().out
+    go(monkeypatch, "--max_iters=50", "--out_dir=out/small")
+    assert "by heart" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_settings_that_would_change_the_run_are_refused_by_name(here, monkeypatch):
     """All of them at once; leave can be given by name; what is free to change is free."""
     go(monkeypatch, "--max_iters=4")
     with pytest.raises(UserError) as refused:
-        go(monkeypatch, "--learning_rate=5e-3", "--seed=1", "--hidden_size=64")
+        go(monkeypatch, "--learning_rate=5e-3", "--seed=1")
+    assert str(refused.value).endswith("--accept_changes=learning_rate,seed")
+    old = state()
+    del old["settings"]["optimizer"]  # as before there was a choice
+    torch.save(old, "out/t/state.pt")
+    with pytest.raises(UserError) as refused:
+        go(monkeypatch, "--learning_rate=5e-3", "--hidden_size=64", "--optimizer=muon")
     text = str(refused.value)
-    assert "learning_rate was 0.01, is 0.005" in text and "hidden_size" in text
-    assert text.endswith("--accept_changes=learning_rate,seed"), "another shape is no change to accept"
+    assert "learning_rate was 0.01, is 0.005" in text and "hidden_size" in text and "optimizer was 'adamw'" in text
+    assert "--accept_changes" not in text, "another shape or optimizer is no change to accept"
     go(monkeypatch, "--max_iters=6", "--learning_rate=5e-3", "--accept_changes=learning_rate")
     go(monkeypatch, "--max_iters=8", "--micro_batch_size=2", "--eval_interval=2", "--learning_rate=5e-3")
     assert state()["progress"]["step"] == 8
@@ -345,7 +402,7 @@ OTHER = dict(lr_schedule="constant", dtype="bfloat16", eval_rows=3, seed=7, warm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [k for k in vars(train.Settings()) if k not in resume.MAY_CHANGE + resume.ARCHITECTURE])
+@pytest.mark.parametrize("key", [k for k in vars(train.Settings()) if k not in resume.MAY_CHANGE + resume.FIXED])
 def test_every_change_that_is_accepted_has_its_effect(here, monkeypatch, key):
     """The same run, stopped at step 4, with one setting changed on the way: it must show in the losses, the rates, the
     gradients or the weights, and from step 5 on. A setting that is accepted and does nothing is a lie."""
@@ -556,10 +613,11 @@ def test_a_state_moves_between_precisions(here, monkeypatch, then, now):
 
 
 @pytest.mark.slow
-def test_float16_trains_like_float32(here, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_trains_like_float32(here, monkeypatch, optimizer):
     """Losses and gradient norms of the first steps, through GradScaler, on a CPU."""
-    go(monkeypatch, "--dtype=float16")
-    go(monkeypatch, "--out_dir=out/exact")
+    go(monkeypatch, "--dtype=float16", f"--optimizer={optimizer}")
+    go(monkeypatch, "--out_dir=out/exact", f"--optimizer={optimizer}")
     for key in ("loss", "grad_norm"):
         half, exact = log(key=key), log("out/exact", key)
         assert all(abs(half[i] / exact[i] - 1) < 0.01 for i in exact), key
@@ -780,7 +838,10 @@ def test_a_state_that_is_damaged_or_evil_is_refused(here, monkeypatch):
     torch.save({"model": Evil()}, "evil.pt")
     torch.save({"step": 3}, "other.pt")
     parts = []
-    for part, value in (("model", {}), ("optimizer", {"state": {0: {}}}), ("progress", {"step": "x"}), ("facts", [])):
+    momentum = state()["optimizer"]
+    momentum = momentum | {"state": {i: {"momentum_buffer": m["exp_avg"]} for i, m in momentum["state"].items()}}
+    wrong = [("model", {}), ("optimizer", {"state": {0: {}}}), ("progress", {"step": "x"}), ("facts", [])]
+    for part, value in [*wrong, ("optimizer", momentum)]:  # the last is of Muon, for AdamW
         torch.save(state() | {part: value}, "part.pt")
         parts.append((here / "part.pt").read_bytes())
     with zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
@@ -962,12 +1023,14 @@ def torchrun(*flags, n=2):
 
 
 @pytest.mark.slow
-def test_processes_do_not_matter(here, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_processes_do_not_matter(here, monkeypatch, optimizer):
     """One process, two, and begun on two and ended on one: the same losses, the same weights."""
-    go(monkeypatch)
-    done = torchrun("--out_dir=out/two", "--micro_batch_size=2", "--max_iters=8", "--lr_decay_iters=12")
+    flags = f"--optimizer={optimizer}", "--lr_decay_iters=12"
+    go(monkeypatch, *flags)
+    done = torchrun("--out_dir=out/two", "--micro_batch_size=2", "--max_iters=8", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    go(monkeypatch, "--out_dir=out/two", "--lr_decay_iters=12")
+    go(monkeypatch, "--out_dir=out/two", *flags)
     for key in ("loss", "val_loss"):
         one, two = log(key=key), log("out/two", key)
         assert one.keys() == two.keys() and all(abs(one[i] - two[i]) < 2e-5 for i in one), key
@@ -1044,7 +1107,7 @@ def test_what_is_forgotten_is_that_of_the_model_that_is_kept(here):
         "train.checkpoint.save_pretrained = slow\n",
         *flags,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     shown = float(re.search(r"also +t.txt: ([\d.]+)", done.stdout)[1])
     model, tokenizer = checkpoint.load("out/t")
     ids, size = evaluate.read_ids(tokenizer, Path("t.txt"))
