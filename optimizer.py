@@ -61,8 +61,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x):  # (matrices, rows, columns) -> the same
-    """About U V^T of each matrix U S V^T: singular values between 0.7 and 1.2, but for those below a thousandth of the
-    norm. Five steps of a Newton-Schulz iteration, whose polynomial was chosen to lift small singular values fast."""
+    """About U V^T of each matrix U S V^T: singular values of about 0.7 to 1.2, but for those below 1/500 of the norm.
+    Five steps of a Newton-Schulz iteration, whose polynomial was chosen to lift small singular values fast."""
     x = x if x.device.type == "cpu" else x.bfloat16()
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x

@@ -71,7 +71,8 @@ def check_settings(s):
     if weights and (weights != [checkpoint.WEIGHTS] or checkpoint.metadata(out_dir).get("step") != "0"):
         raise UserError(
             f"{out_dir} holds a model and no state.pt to go on from: a run there would overwrite it. Use another "
-            f"--out_dir (with --init_from={out_dir} to fine-tune that model), or --init_from=scratch to start over."
+            f"--out_dir (with --init_from={out_dir} to fine-tune that model), or --init_from=scratch to start over "
+            "from random weights."
         )
 
 
@@ -114,7 +115,7 @@ def check_resume(state: dict, s, facts: dict, path: Path):
         if before != value:
             problems.append(f"the {key.replace('_', ' ')} was {str(before)[:12]}, is {str(value)[:12]}")
     if problems:
-        remedy = f"Use the old values, another --out_dir, or --init_from=scratch to start {path.parent} over."
+        remedy = f"Use the old values, another --out_dir, or delete {path.parent} to start it over."
         if changed and not set(changed) & set(FIXED):
             remedy += f" To go on all the same: --accept_changes={','.join([*accepted, *changed])}"
         raise UserError(f"{path} is of a run with other settings: {'; '.join(problems)}.\n{remedy}")

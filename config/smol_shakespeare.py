@@ -1,5 +1,5 @@
 # The full SmolLM2-135M shape on Shakespeare: 30 layers, 576 wide, 9 query and 3 key/value heads, vocabulary 5,000.
-#   python train.py config/smol_shakespeare.py                                  about 25 minutes on two CPU cores
+#   python train.py config/smol_shakespeare.py                                  about 27 minutes on two CPU cores
 #   python train.py config/smol_shakespeare.py --micro_batch_size=64 --global_batch_size=64     on a GPU
 # 109 million parameters are far too many for a megabyte of text: within a few epochs the model memorizes it, and
 # the best validation loss comes early. That is the lesson here; config/tiny_shakespeare.py is the better model.
@@ -8,7 +8,7 @@ dataset = "shakespeare"
 vocab_size = 5000
 
 block_size = 256
-global_batch_size = 4  # 1,024 tokens a step: few steps fit into 25 minutes, so they must be small
+global_batch_size = 4  # 1,024 tokens a step: few steps fit into 27 minutes, so they must be small
 micro_batch_size = 4
 max_iters = 600  # two epochs of Tiny Shakespeare's 299,442 tokens
 max_epochs = 4  # of a shorter text: on the play of this repository the best of 400 steps was step 100, 4 epochs
