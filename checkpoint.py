@@ -438,6 +438,6 @@ def restore(state: dict, path: Path, model: SmolLM2, optimizer, scaler):
 
 def way_out_of(path: Path) -> str:
     return (
-        f"The best model in {path.parent} is not touched by this. Start over with --init_from=scratch, or fine-tune "
-        f"from it with --init_from={path.parent} --out_dir=another."
+        f"The best model in {path.parent} is not touched by this. Start over from random weights with "
+        f"--init_from=scratch, or fine-tune from it with --init_from={path.parent} --out_dir=another."
     )

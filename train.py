@@ -1,7 +1,7 @@
 """
 Train SmolLM2 from scratch, or from released weights, on what prepare.py made. Stop it any time; it goes on from there.
 
-    python train.py config/tiny_shakespeare.py                  # a small model, three to six minutes on two CPU cores
+    python train.py config/tiny_shakespeare.py                  # a small model, under six minutes on two CPU cores
     python train.py config/smol_shakespeare.py                  # the full 135M shape, about 27 minutes
     python train.py config/smol_shakespeare.py                  # the same again: it goes on where it stopped
     python train.py config/finetune_smollm2.py                  # from the released weights

@@ -1,4 +1,4 @@
-# A small SmolLM2 on Shakespeare: three to six minutes on two CPU cores.
+# A small SmolLM2 on Shakespeare: five and a half minutes on two slow CPU cores.
 #   python train.py config/tiny_shakespeare.py
 out_dir = "out/tiny_shakespeare"
 dataset = "shakespeare_1k"  # of Tiny Shakespeare, which is downloaded if it is not there
