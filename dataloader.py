@@ -6,7 +6,7 @@ What prepare.py made, as rows of tokens: the rows of a training step, and the ro
 
 Row i of a run is a pure function of (seed, i). So the order of the data needs no saved state, survives a resume
 exactly, and does not depend on the number of processes or on the micro-batch. Conversations() does the same for those,
-one a row.
+several in a row.
 
 Shapes: B batch, T time (block_size), N rows.
 """
@@ -108,16 +108,15 @@ def checked(data: bytes, count: int, file, vocab_size: int) -> np.ndarray:
 
 
 class Conversations:
-    """Conversations by row number, one a row. Only what is to be learnt is a target; the rest of a row, and what fills
-    it up to the longest of the batch, is -100. Conversations in rows of their own cannot see each other.
+    """Rows of whole conversations by their number. Only what is to be learnt is a target; the rest, and what is left of
+    a row, is -100. Conversations in one row do not see each other.
 
     The mask of prepare.py has a byte for each token: 1 where it is learnt, 2 where a conversation begins.
-    The rows of a step (`group` of them) stand in the order of their length, so that those of a micro-batch are about as
-    long and little is filled up. A conversation longer than a row is cut at its end; one with nothing to learn before
-    the cut is left out.
+    A conversation longer than a row is cut at its end; one with nothing to learn before the cut is left out. Which
+    share a row is settled once; each epoch visits the rows in an order of its own.
     """
 
-    def __init__(self, file, block_size: int, seed: int, group: int, vocab_size: int = 0):
+    def __init__(self, file, block_size: int, seed: int, vocab_size: int = 0):
         mask = np.fromfile(Path(file).with_suffix(".mask.bin"), np.uint8)
         begins = np.flatnonzero(mask == 2)
         lengths = np.diff([*begins, len(mask)])
@@ -129,23 +128,17 @@ class Conversations:
         if len(self.begins) == 0:
             raise UserError(f"{file}: no conversation has an answer within --block_size={block_size} tokens.")
         self.name, self.ids, self.mask, self.vocab_size = file, open(file, "rb"), mask, vocab_size
-        self.T, self.seed, self.group, self.per_epoch = block_size, seed, group, len(self.begins)
-        self.epoch, self.order, self.step, self.sorted = -1, None, -1, None
+        self.rows = pack(self.lengths - 1, block_size)  # the last token of each is a target alone
+        self.T, self.seed, self.per_epoch = block_size, seed, len(self.rows)
+        self.epoch, self.order = -1, None
 
-    def number(self, row: int) -> int:
-        """The conversation that row `row` of the run holds."""
-        if row // self.group != self.step:
-            self.step = row // self.group
-            chosen = [self.in_order(i) for i in range(self.step * self.group, (self.step + 1) * self.group)]
-            self.sorted = sorted(chosen, key=lambda n: self.lengths[n])
-        return self.sorted[row % self.group]
-
-    def in_order(self, row: int) -> int:
+    def numbers(self, row: int) -> list[int]:
+        """The conversations that row `row` of the run holds."""
         epoch, i = divmod(row, self.per_epoch)
         if epoch != self.epoch:
             self.order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.per_epoch)
             self.epoch = epoch
-        return int(self.order[i])
+        return self.rows[self.order[i]]
 
     def read(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of conversation n."""
@@ -154,53 +147,67 @@ class Conversations:
         ids = checked(self.ids.read(2 * length), length, self.name, self.vocab_size)
         return ids, self.mask[begin : begin + length]
 
-    def filled(self, numbers, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of these conversations, (N, width) int64 each."""
-        inputs, targets = np.zeros((len(numbers), width), np.int64), np.full((len(numbers), width), -100)
-        for row, n in enumerate(numbers):
-            ids, mask = self.read(n)
-            inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], -100)
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
+    def filled(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs, targets and documents of rows of these conversations, (N, T) int64 each. A document's number is its
+        place in the row, from 1 on; 0 is what is left of the row."""
+        shape = len(rows), self.T
+        inputs, targets, documents = np.zeros(shape, np.int64), np.full(shape, -100), np.zeros(shape, np.int64)
+        for row, numbers in enumerate(rows):
+            end = 0
+            for place, n in enumerate(numbers, 1):
+                ids, mask = self.read(n)
+                own, end = slice(end, end + len(ids) - 1), end + len(ids) - 1
+                inputs[row, own], documents[row, own] = ids[:-1], place
+                targets[row, own] = np.where(mask[1:] == 1, ids[1:], -100)
+        return tuple(map(torch.from_numpy, (inputs, targets, documents)))
 
-    def batch(self, rows: range, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of these rows, (B, width) int64 each."""
-        inputs, targets = self.filled([self.number(row) for row in rows], self.width(rows))
-        return to_device(inputs, device), to_device(targets, device)
-
-    def width(self, rows: range) -> int:
-        """The longest of these rows, rounded up to 8: products like even numbers."""
-        longest = max(int(self.lengths[self.number(row)]) for row in rows) - 1
-        return min(self.T, 8 * math.ceil(longest / 8))
+    def batch(self, rows: range, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs, targets and documents of these rows, (B, T) int64 each."""
+        return tuple(to_device(t, device) for t in self.filled([self.numbers(row) for row in rows]))
 
     def weight(self, rows: range) -> int:
-        return sum(int(self.learnt[self.number(row)]) for row in rows)
+        return sum(int(self.learnt[n]) for row in rows for n in self.numbers(row))
 
     def size(self, rows: range) -> int:
-        return sum(int(self.lengths[self.number(row)]) - 1 for row in rows)
+        return sum(int(self.lengths[n]) - 1 for row in rows for n in self.numbers(row))
 
-    def describe(self, micro: int) -> str:
-        """How many there are, what was cut, and how much of what an epoch's steps compute fills up, in micro-batches of
-        at most `micro` rows."""
-        steps = [range(a, a + self.group) for a in range(0, max(self.per_epoch, self.group), self.group)]
-        batches = [step[a : a + micro] for step in steps for a in range(0, self.group, micro)]
-        filled = 1 - sum(map(self.size, batches)) / sum(len(batch) * self.width(batch) for batch in batches)
+    def describe(self) -> str:
+        """How many there are, what was cut, and how much of the rows is filled up."""
+        filled = 1 - (self.lengths - 1).sum() / (self.per_epoch * self.T)
         return (
-            f"{self.per_epoch:,} conversations; {self.cut:,} longer than {self.T} tokens, cut; {self.left_out:,} "
-            f"without an answer in that, left out; {filled:.0%} padding"
+            f"{len(self.begins):,} conversations in {self.per_epoch:,} rows, {filled:.1%} padding; {self.cut:,} longer "
+            f"than {self.T} tokens, cut; {self.left_out:,} without an answer in that, left out"
         )
 
 
-def validation_conversations(
-    file, block_size: int, limit: int, vocab_size: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (N, T) of the held-out conversations, or of `limit` of them, spread evenly; the shortest
-    first."""
-    held = Conversations(file, block_size, seed=0, group=1, vocab_size=vocab_size)
+def pack(sizes: np.ndarray, room: int) -> list[list[int]]:
+    """Numbers 0 .. len(sizes)-1 in as few rows as best fit finds: the largest first, each where it leaves least room.
+    No size is beyond `room`."""
+    rows = []
+    of_room = [[] for _ in range(room + 1)]  # the rows that have so much room left
+    there = np.arange(room + 1) == room  # whether there is one; an empty row can always be had
+    for n in np.argsort(-sizes, kind="stable"):
+        size = int(sizes[n])
+        least = size + int(there[size:].argmax())
+        if least == room:
+            rows.append([])
+            row = len(rows) - 1
+        else:
+            row = of_room[least].pop()
+            there[least] = bool(of_room[least])
+        rows[row].append(int(n))
+        of_room[least - size].append(row)
+        there[least - size] = True
+    return rows
+
+
+def validation_conversations(file, block_size: int, limit: int, vocab_size: int = 0) -> tuple[torch.Tensor, ...]:
+    """Inputs, targets and documents (N, T) of the held-out conversations; of more than `limit` rows, that many at even
+    distances."""
+    held = Conversations(file, block_size, seed=0, vocab_size=vocab_size)
     n = held.per_epoch
     chosen = range(n) if n <= limit else np.linspace(0, n - 1, limit).round().astype(int)
-    chosen = sorted(map(int, chosen), key=lambda i: held.lengths[i])
-    return held.filled(chosen, int(held.lengths[chosen[-1]]) - 1)
+    return held.filled([held.rows[i] for i in chosen])
 
 
 def validation_rows(

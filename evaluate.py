@@ -46,25 +46,21 @@ class Settings:
 
 
 @torch.no_grad()
-def evaluate(model, inputs, targets, batch_size, autocast, rank=0, world=1, stopping=lambda: False) -> float | None:
-    """Mean loss in nats per token over rows of inputs and targets (N, T), the same number however the rows are shared
-    out; None if stopped."""
+def evaluate(model, rows, batch_size, autocast, rank=0, world=1, stopping=lambda: False) -> float | None:
+    """Mean loss in nats per token over rows, (inputs, targets) or (inputs, targets, documents) of (N, T) each: the same
+    number however the rows are shared out; None if stopped."""
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, processes that were asked to stop
-    all_inputs, all_targets = inputs[rank::world], targets[rank::world]
-    for a in range(0, len(all_inputs), batch_size):
+    rows = [tensor[rank::world] for tensor in rows]
+    for a in range(0, len(rows[0]), batch_size):
         if stopping():
             break
-        inputs, targets = all_inputs[a : a + batch_size], all_targets[a : a + batch_size]
-        missing = batch_size - len(inputs)
-        if missing:  # one shape for most batches, so that a compiled model seldom compiles again
-            inputs, targets = F.pad(inputs, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=-100)
-        counted = targets != -100
-        count = int(counted.sum())
-        if not missing and not counted[:, -1].any():  # a batch of conversations that are shorter than others
-            width = int(counted.any(0).nonzero().max()) + 1
-            inputs, targets = inputs[:, :width], targets[:, :width]
+        batch = [tensor[a : a + batch_size] for tensor in rows]
+        missing = batch_size - len(batch[0])
+        if missing:  # one shape for all batches, so that a compiled model does not compile again; -100 is not counted
+            batch = [F.pad(tensor, (0, 0, 0, missing), value=-100 if i == 1 else 0) for i, tensor in enumerate(batch)]
+        count = int((batch[1] != -100).sum())
         with autocast():
-            _, loss = model(to_device(inputs, model.device), to_device(targets, model.device), loss_only=True)
+            _, loss = model(*(to_device(tensor, model.device) for tensor in batch), loss_only=True)
         total += torch.tensor([float(loss) * count, count, 0.0], dtype=torch.float64)
     total[2] = float(stopping())  # asked once: a signal after this must not make one process decide otherwise
     if world > 1:
@@ -110,7 +106,7 @@ def main():
     autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, torch.device(device).type, dtype)
     print(f"{path} on {s.dataset or file}: {size:,} bytes, {len(ids):,} tokens; {str(dtype)[6:]}: {reason}")
     for name, stride in (f"rows of {T} tokens", T), (f"sliding, at least {T // 2} tokens before each", T // 2):
-        loss = evaluate(model, *text_rows(ids, T, stride, s.eval_rows), s.batch_size, autocast)
+        loss = evaluate(model, text_rows(ids, T, stride, s.eval_rows), s.batch_size, autocast)
         print(f"  {name:40} {loss / math.log(2) * len(ids) / size:.4f} bits per byte")
 
 

@@ -164,26 +164,30 @@ def rotate(x, cos, sin):  # x (B, heads, T, D), cos and sin (T, D) fp32 -> (B, h
 # attention
 
 
-def attend(q, k, v, start: int):
-    """Causal grouped-query attention: position p sees positions <= p.
+def attend(q, k, v, start: int, walls=None):
+    """Causal grouped-query attention: position p sees positions <= p, but for those that `walls` hides.
 
     q (B, H, T, D) stands at positions start .. start+T-1; k and v (B, K, S, D) are those of positions 0 .. S-1, where
-    S = start + T. Returns (B, H, T, D). On a CPU the same is faster in blocks of queries (ops.py).
+    S = start + T. walls (B, T, S): True where a query does not see a key. Returns (B, H, T, D). On a CPU the same is
+    faster in blocks of queries (ops.py).
     """
-    return ops.attend_in_blocks(q, k, v, start) if q.device.type == "cpu" else attend_fused(q, k, v, start)
+    way = ops.attend_in_blocks if q.device.type == "cpu" else attend_fused
+    return way(q, k, v, start, walls)
 
 
-def attend_fused(q, k, v, start: int):
+def attend_fused(q, k, v, start: int, walls=None):
     """attend() by PyTorch's fused kernels: softmax(q k^T / sqrt(D)) v, flash attention where the GPU has it."""
     T, S = q.size(2), k.size(2)
     # is_causal masks from the top left, right only when nothing is cached; one query alone may see all keys
     mask = None
-    if T > 1 and start > 0:
+    if walls is not None or (T > 1 and start > 0):
         mask = torch.arange(S, device=q.device) <= torch.arange(start, S, device=q.device)[:, None]  # (T, S)
+    if walls is not None:
+        mask = mask & ~walls[:, None]  # (B, 1, T, S)
     if q.size(1) != k.size(1) and not takes_groups(q, mask):
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, S, D) each
     grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and start == 0, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None, enable_gqa=grouped)
 
 
 def takes_groups(q, mask) -> bool:
@@ -203,7 +207,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.K * self.D, bias=False)
         self.o_proj = nn.Linear(self.H * self.D, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, cache=None, start: int = 0):  # (B, T, C) -> (B, T, C)
+    def forward(self, x, cos, sin, cache=None, start: int = 0, walls=None):  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2)  # (B, K, T, D)
@@ -211,7 +215,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = update_cache(cache, k, v, start)  # (B, K, S, D) each
-        y = attend(q, k, v, start)
+        y = attend(q, k, v, start, walls)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))
 
 
@@ -275,8 +279,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None, start: int = 0):  # (B, T, C) -> (B, T, C)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, start)
+    def forward(self, x, cos, sin, cache=None, start: int = 0, walls=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, start, walls)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -329,12 +333,14 @@ class SmolLM2(nn.Module):
             parameter.normal_(0.0, self.config.initializer_range * scale)
 
     def forward(
-        self, input_ids, targets=None, cache: KVCache | None = None, start: int = 0, logits_to_keep: int = 0,
-        loss_only: bool = False,
+        self, input_ids, targets=None, documents=None, cache: KVCache | None = None, start: int = 0,
+        logits_to_keep: int = 0, loss_only: bool = False,
     ):  # fmt: skip
         """input_ids (B, T) int64 -> logits (B, T, V) and the loss, a fp32 scalar, or None without targets.
 
         targets (B, T): the token that follows each input; -100 is left out of the mean. The loss is in nats.
+        documents (B, T): a number for each token; it sees only tokens of its own number, as if each document had a row
+        to itself. Their positions go on through the row: RoPE makes attention a function of distances alone.
         cache, start: input_ids stand at positions start .. start+T-1; what came before is in the cache.
         logits_to_keep: 0 for the logits of all positions, n for those of the last n alone.
         loss_only: return None for the logits, which are then never held all at once: at a large vocabulary they are
@@ -349,11 +355,18 @@ class SmolLM2(nn.Module):
             cache.reserve(start + T)
         x = self.embed_tokens(input_ids)  # (B, T, C)
         cos, sin = self.rotary.cos[start : start + T], self.rotary.sin[start : start + T]  # (T, D)
+        walls = None
+        if documents is not None:
+            assert cache is None, "documents are for rows that are whole"
+            walls = documents[:, :, None] != documents[:, None, :]  # (B, T, T)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, cache.layers[i] if cache is not None else None, start)
+            x = layer(x, cos, sin, cache.layers[i] if cache is not None else None, start, walls)
         x = self.norm(x)
         if loss_only:
             assert targets is not None, "loss_only needs targets"
+            if documents is not None:  # conversations, half of whose tokens are not learnt and need no logits
+                counted = targets != -100
+                x, targets = x[counted][None], targets[counted][None]
             weight = (self.lm_head or self.embed_tokens).weight
             return None, ops.cross_entropy_in_pieces(x, weight, targets)
         logits = self.head(x[:, -logits_to_keep:])  # x[:, -0:] is all of x

@@ -130,7 +130,7 @@ class Run:
         if self.chat and s.token_noise:
             raise UserError("--token_noise is for text: conversations are learnt as they are.")
         if self.chat:
-            self.rows = Conversations(train, s.block_size, s.seed, s.global_batch_size, vocab_size)
+            self.rows = Conversations(train, s.block_size, s.seed, vocab_size)
             self.val_rows = validation_conversations(val, s.block_size, s.eval_rows, vocab_size)
         else:
             self.rows = Rows(train, self.meta["train_tokens"], s.block_size, s.seed, s.token_noise, vocab_size)
@@ -196,8 +196,6 @@ class Run:
         self.compiled, self.compile_reason = pick_compile(s.compile, device, work, self.peak)
         if s.compile == "auto" and self.p.compile is not None:
             self.compiled, self.compile_reason = self.p.compile, "as when this run began"
-        if s.compile == "auto" and self.chat:
-            self.compiled, self.compile_reason = False, "conversations differ in length, and each would be compiled"
 
     def again(self, **changes) -> str:
         """The command that goes on with this run, with some of its settings changed."""
@@ -358,11 +356,11 @@ def micro_batches(run: Run, step: int) -> list[range]:
 
 def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
     """Loss and gradients of one micro-batch, weighted by its share of the step's tokens; the loss, detached."""
-    inputs, targets = run.rows.batch(batch, run.device)
+    rows = run.rows.batch(batch, run.device)
     # DDP averages gradients over the processes; before each forward it must know whether to wait for more
     with nullcontext() if run.world == 1 or last else run.trained.no_sync():
         with run.autocast():
-            _, loss = run.trained(inputs, targets, loss_only=True)
+            _, loss = run.trained(*rows, loss_only=True)
         first = run.p.step * run.s.global_batch_size
         whole = run.rows.weight(range(first, first + run.s.global_batch_size))
         loss = loss * (run.rows.weight(batch) / (whole / run.world))
@@ -417,7 +415,7 @@ def evaluation(run: Run) -> bool:
         p.other_texts = other_texts(run, run.model)
     started = time.perf_counter()
     run.model.eval()
-    loss = evaluate(run.model, *run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
+    loss = evaluate(run.model, run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
     run.model.train()
     if loss is None:
         return False
@@ -458,7 +456,7 @@ def other_texts(run: Run, model: SmolLM2) -> dict[str, float]:
     model.eval()
     for file, (ids, size) in run.other_texts.items():
         rows = text_rows(ids, run.s.block_size, run.s.block_size, run.s.eval_rows)
-        loss = evaluate(model, *rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
+        loss = evaluate(model, rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
         if loss is not None and math.isfinite(loss):
             found[file] = loss / math.log(2) * len(ids) / size
     model.train()
@@ -494,7 +492,7 @@ def print_sample(run: Run):
         return
     prompt = run.tokenizer.encode("\n", add_special_tokens=False).ids or [run.meta["eos_token_id"]]
     if run.chat:  # the first held-out question
-        inputs, targets = (rows[0] for rows in run.val_rows)
+        inputs, targets = (rows[0] for rows in run.val_rows[:2])
         prompt = inputs[: int((targets != -100).nonzero()[0]) + 1].tolist()
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
@@ -554,7 +552,7 @@ def announce(run: Run):
         f"data     {run.folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens"
     )
     if run.chat:
-        say(f"talks    {run.rows.describe(run.micro)}")
+        say(f"talks    {run.rows.describe()}")
     say(f"model    {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
     say(
         f"step     micro-batch {run.micro} x accumulation {accumulation} x processes {run.world} = "
@@ -790,7 +788,7 @@ def check_sound(run: Run):
     )
 
 
-def validation_batch(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def validation_batch(run: Run) -> tuple[torch.Tensor, ...]:
     """A micro-batch of validation rows, repeated where there are fewer, so that it has the shape of the others."""
     chosen = torch.arange(run.micro) % len(run.val_rows[0])
     return tuple(to_device(rows[chosen], run.device) for rows in run.val_rows)

@@ -6,7 +6,6 @@ the trap were there: padding by id, empty masks, learnt headers, off by one, mea
 
 import importlib.util
 import json
-import math
 import os
 import select
 import shutil
@@ -27,6 +26,8 @@ from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny, tiny_hf
 import checkpoint
 import conversations
 import dataloader
+import model as smol
+import ops
 import prepare
 import sample
 import train
@@ -616,45 +617,54 @@ SHAPE = dict(
 TRAIN = Path("data/talks/train.bin")
 
 
-def some_rows(block_size=96, seed=1, group=8) -> dataloader.Conversations:
-    return dataloader.Conversations(TRAIN, block_size, seed, group)
+def some_rows(block_size=96, seed=1) -> dataloader.Conversations:
+    return dataloader.Conversations(TRAIN, block_size, seed)
+
+
+def spread(tensors, row=0) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of each conversation of a row, told apart by their numbers."""
+    inputs, targets, documents = (tensor[row] for tensor in tensors)
+    of = [documents == n for n in range(1, int(documents.max()) + 1)]
+    return [(inputs[own].tolist(), targets[own].tolist()) for own in of]
 
 
 def test_every_conversation_once_an_epoch(here):
-    """Also where an epoch ends in the middle of a step; each epoch in another order."""
+    """Each epoch in another order, and every row full of them or at least not too full."""
     prepared(count=40)
-    for group in (1, 4, 8):
-        rows = some_rows(group=group)
-        n = rows.per_epoch
-        assert n == (bins()[1] == 2).sum()
-        whole = math.lcm(n, group)
-        seen = [rows.number(row) for row in range(whole)]
-        assert all(seen.count(i) == whole // n for i in range(n))
-        epochs = [{rows.in_order(e * n + i) for i in range(n)} for e in range(3)]
-        assert epochs == [set(range(n))] * 3
-    orders = [[rows.in_order(e * n + i) for i in range(n)] for e in range(2)]
-    assert orders[0] != orders[1]
+    rows = some_rows()
+    n = rows.per_epoch
+    epochs = [[rows.numbers(e * n + i) for i in range(n)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(number for row in epoch for number in row) == list(range((bins()[1] == 2).sum()))
+        assert all(sum(rows.lengths[number] - 1 for number in row) <= rows.T for row in epoch)
+    assert epochs[0] != epochs[1]
 
 
 def test_a_row_is_a_function_of_seed_and_number(here):
     """Asked for in any order, by another object: the same. Another seed: another order."""
     prepared(count=40)
-    straight = [some_rows().number(row) for row in range(100)]
+    straight = [some_rows().numbers(row) for row in range(100)]
     rows = some_rows()
     for row in np.random.default_rng(0).permutation(100):
-        assert rows.number(int(row)) == straight[row]
-    assert [some_rows(seed=2).number(row) for row in range(100)] != straight
+        assert rows.numbers(int(row)) == straight[row]
+    assert [some_rows(seed=2).numbers(row) for row in range(100)] != straight
 
 
-def test_the_rows_of_a_step_stand_in_the_order_of_their_length(here):
-    """And they are the conversations that the epoch's order gives this step: sorting moves none to another."""
-    prepared(count=40)
-    rows = some_rows()
-    for step in range(6):
-        numbers = [rows.number(row) for row in range(8 * step, 8 * step + 8)]
-        lengths = [rows.lengths[n] for n in numbers]
-        assert lengths == sorted(lengths)
-        assert sorted(numbers) == sorted(rows.in_order(row) for row in range(8 * step, 8 * step + 8))
+def test_packing_is_best_fit(here):
+    """By hand; and random sizes, one after the other: each went to a row with the least room that was enough, and to a
+    new row only where there was none."""
+    assert dataloader.pack(np.array([3, 7, 5, 2, 10]), 10) == [[4], [1, 0], [2, 3]]
+    random = np.random.default_rng(0)
+    for room in (1, 7, 64):
+        sizes = random.integers(1, room + 1, 200)
+        rows = dataloader.pack(sizes, room)
+        assert sorted(n for row in rows for n in row) == list(range(200))
+        row_of = {n: i for i, row in enumerate(rows) for n in row}
+        left = {}
+        for n in sorted(range(200), key=lambda n: -sizes[n]):
+            fits = [space for space in left.values() if space >= sizes[n]]
+            assert left.get(row_of[n], room) == min(fits, default=room)
+            left[row_of[n]] = left.get(row_of[n], room) - sizes[n]
 
 
 def test_targets_are_the_learnt_tokens_moved_by_one(here):
@@ -663,53 +673,42 @@ def test_targets_are_the_learnt_tokens_moved_by_one(here):
     is a token like others. Negative control: the mask of token t chooses other tokens."""
     prepared(count=40)
     ids, mask = bins()
-    rows = some_rows(block_size=500, group=1)
+    rows = some_rows(block_size=500)
     begins = [*np.flatnonzero(mask == 2), len(ids)]
+    several = 0
     for row in range(rows.per_epoch):
-        n = rows.number(row)
-        own, own_mask = ids[begins[n] : begins[n + 1]].astype(int), mask[begins[n] : begins[n + 1]]
-        inputs, targets = (x[0].numpy() for x in rows.batch(range(row, row + 1), "cpu"))
-        length = len(own) - 1
-        assert inputs[:length].tolist() == own[:-1].tolist() and (targets[length:] == -100).all()
-        wanted = [own[t + 1] if own_mask[t + 1] == 1 else -100 for t in range(length)]
-        assert targets[:length].tolist() == wanted
-        assert (targets != -100).sum() == (own_mask == 1).sum() == rows.weight(range(row, row + 1))
-        assert targets[targets != -100][-1] == IM_END, "the end of the answer is learnt, though it pads elsewhere"
-        shifted_wrong = [own[t + 1] if own_mask[t] == 1 else -100 for t in range(length)]
-        assert wanted != shifted_wrong
+        tensors, numbers = rows.batch(range(row, row + 1), "cpu"), rows.numbers(row)
+        several += len(numbers) > 1
+        assert (tensors[1][tensors[2] == 0] == -100).all(), "what is left of a row"
+        for n, (inputs, targets) in zip(numbers, spread(tensors), strict=True):
+            own, own_mask = ids[begins[n] : begins[n + 1]].astype(int), mask[begins[n] : begins[n + 1]]
+            assert inputs == own[:-1].tolist()
+            wanted = [own[t + 1] if own_mask[t + 1] == 1 else -100 for t in range(len(own) - 1)]
+            assert targets == wanted
+            learnt = [t for t in targets if t != -100]
+            assert len(learnt) == (own_mask == 1).sum()
+            assert learnt[-1] == IM_END, "the end of the answer is learnt"
+            assert wanted != [own[t + 1] if own_mask[t] == 1 else -100 for t in range(len(own) - 1)]
+        assert rows.weight(range(row, row + 1)) == (tensors[1] != -100).sum()
+        assert rows.size(range(row, row + 1)) == (tensors[2] != 0).sum()
+    assert several
 
 
 def test_a_batch_is_the_same_however_rows_are_grouped(here):
-    """But for padding, at whose end nothing is learnt."""
     prepared(count=40)
     rows = some_rows()
-    inputs, targets = rows.batch(range(8, 16), "cpu")
+    whole = rows.batch(range(8, 16), "cpu")
     for micro in (1, 2, 3):
-        for a in range(8, 16, micro):
-            some = range(a, min(a + micro, 16))
-            i, t = rows.batch(some, "cpu")
-            width = i.size(1)
-            longest = max(int(rows.lengths[rows.number(row)]) - 1 for row in some)
-            assert width == rows.width(some) == min(rows.T, 8 * math.ceil(longest / 8))
-            assert torch.equal(i, inputs[a - 8 : a - 8 + len(some), :width])
-            assert torch.equal(t, targets[a - 8 : a - 8 + len(some), :width])
-            assert (targets[a - 8 : a - 8 + len(some), width:] == -100).all()
-    assert (
-        rows.weight(range(8, 16)) == (targets != -100).sum() == sum(rows.weight(range(r, r + 1)) for r in range(8, 16))
-    )
+        parts = [rows.batch(range(a, min(a + micro, 16)), "cpu") for a in range(8, 16, micro)]
+        assert all(torch.equal(torch.cat(tensors), all_) for tensors, all_ in zip(zip(*parts), whole, strict=True))
+    assert rows.weight(range(8, 16)) == (whole[1] != -100).sum()
 
 
-@pytest.mark.parametrize("count, micro", [(40, 3), (40, 8), (4, 8)])
-def test_the_padding_that_is_announced_is_what_is_computed(here, count, micro):
-    """Over an epoch of steps of 8 rows, also where micro-batches do not fit into them, or conversations are few."""
-    prepared(count=count)
-    rows, computed, used = some_rows(), 0, 0
-    for first in range(0, max(rows.per_epoch, 8), 8):
-        for a in range(first, first + 8, micro):
-            some = range(a, min(a + micro, first + 8))
-            computed += rows.batch(some, "cpu")[0].numel()
-            used += sum(int(rows.lengths[rows.number(row)]) - 1 for row in some)
-    assert f"; {1 - used / computed:.0%} padding" in rows.describe(micro)
+def test_the_padding_that_is_announced_is_what_is_computed(here):
+    prepared(count=40)
+    rows = some_rows()
+    documents = rows.batch(range(rows.per_epoch), "cpu")[2]
+    assert f" in {len(documents)} rows, {float((documents == 0).double().mean()):.1%} padding" in rows.describe()
 
 
 def test_what_is_cut_and_what_is_left_out_is_counted(here):
@@ -721,28 +720,28 @@ def test_what_is_cut_and_what_is_left_out_is_counted(here):
     begins = [*np.flatnonzero(mask == 2), len(ids)]
     lengths = np.diff(begins)
     for block_size in (20, 64, 100, int(lengths.max()) - 1, int(lengths.max()) - 2, 5000):
-        rows = some_rows(block_size, group=1)
+        rows = some_rows(block_size)
         learnt = [(mask[a : min(b, a + block_size + 1)] == 1).sum() for a, b in zip(begins, begins[1:])]
         assert rows.cut == sum(lengths > block_size + 1) and rows.left_out == sum(n == 0 for n in learnt)
-        assert rows.per_epoch == len(lengths) - rows.left_out and rows.learnt.tolist() == [n for n in learnt if n]
+        assert rows.learnt.tolist() == [n for n in learnt if n]
         for row in range(rows.per_epoch):
-            inputs, targets = rows.batch(range(row, row + 1), "cpu")
-            assert inputs.size(1) <= block_size and (targets != -100).sum() == rows.learnt[rows.number(row)]
+            tensors = rows.batch(range(row, row + 1), "cpu")
+            assert tensors[0].shape == (1, block_size)
+            assert (tensors[1] != -100).sum() == sum(rows.learnt[n] for n in rows.numbers(row))
     with pytest.raises(UserError, match="no conversation has an answer within --block_size=2"):
         some_rows(2)
 
 
 def test_held_out_conversations_are_all_there_or_spread(here):
-    """The shortest first; a limit takes them at even distances; the same every time."""
+    """A limit takes rows at even distances; the same every time."""
     prepared(count=80, val_fraction=0.3)
     ids, mask = bins("val")
     file = TRAIN.with_name("val.bin")
-    inputs, targets = dataloader.validation_conversations(file, 300, 1000)
-    assert len(inputs) == (mask == 2).sum() and (targets != -100).sum() == (mask == 1).sum()
-    lengths = [int((row != -100).nonzero().max()) for row in targets]
-    assert lengths == sorted(lengths)
-    some = dataloader.validation_conversations(file, 300, 5)
-    assert len(some[0]) == 5 and all(any((row == x[: some[0].size(1)]).all() for x in inputs) for row in some[0])
+    inputs, targets, documents = dataloader.validation_conversations(file, 300, 1000)
+    assert documents.amax(1).sum() == (mask == 2).sum() and (targets != -100).sum() == (mask == 1).sum()
+    some = dataloader.validation_conversations(file, 300, 3)
+    assert len(inputs) > 3 and len(some[0]) == 3
+    assert all(any(torch.equal(row, x) for x in inputs) for row in some[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -767,13 +766,12 @@ def step_of(run, step) -> tuple[float, list[torch.Tensor]]:
 
 
 def by_hand(run, step) -> tuple[float, list[torch.Tensor]]:
-    """The mean over the learnt tokens of a step, one conversation at a time, straight from the files, unpadded."""
+    """The mean over the learnt tokens of a step, one conversation at a time, straight from the files, not packed."""
     ids, mask = bins()
     begins = [*np.flatnonzero(mask == 2), len(ids)]
     total, count = 0.0, 0
     run.model.zero_grad()
-    for row in range(8 * step, 8 * step + 8):
-        n = run.rows.in_order(row)
+    for n in [n for row in range(8 * step, 8 * step + 8) for n in run.rows.numbers(row)]:
         end = min(begins[n + 1], begins[n] + run.s.block_size + 1)
         own, m = (torch.tensor(x[begins[n] : end].astype(int)) for x in (ids, mask))
         logits = run.model(own[None, :-1])[0][0]
@@ -789,9 +787,9 @@ def distance(a, b) -> float:
 
 
 def test_the_loss_of_a_step_however_it_is_split(here):
-    """Micro-batches of 1, 2, 3 and 8, padded, against the mean over the step's learnt tokens, computed one conversation
-    at a time without padding or walls: loss and gradients to 1e-6. Negative control: a mean of means, which splits
-    differ in."""
+    """Packed, in micro-batches of 1, 2, 3 and 8 rows, against the mean over the step's learnt tokens, computed one
+    conversation at a time without padding or walls: loss and gradients to 1e-6. Negative controls: no walls; a mean of
+    means, which splits differ in."""
     prepared(count=40)
     runs = {micro: make_run(micro) for micro in (1, 2, 3, 8)}
     for step in (0, 4):  # in the second an epoch ends
@@ -799,6 +797,10 @@ def test_the_loss_of_a_step_however_it_is_split(here):
         for micro, run in runs.items():
             got, others = step_of(run, step)
             assert got == pytest.approx(loss, rel=1e-6) and distance(gradients, others) < 1e-6, (step, micro)
+    plain, batch = step_of(runs[8], 0)[0], runs[8].rows.batch
+    runs[8].rows.batch = lambda *args: batch(*args)[:2]
+    assert abs(step_of(runs[8], 0)[0] - plain) > 1e-4, "negative control: no walls"
+    runs[8].rows.batch = batch
     for run in runs.values():
         run.rows.weight = len  # each row as much as another
     a, b = (step_of(runs[micro], 0)[0] for micro in (8, 1))
@@ -806,21 +808,27 @@ def test_the_loss_of_a_step_however_it_is_split(here):
 
 
 def test_what_stands_beside_a_conversation_does_not_matter(here):
-    """Rows have walls: other neighbours, and what padding is filled with, change no loss. Negative control: two
-    conversations in one row without a wall do."""
+    """In a row with others, each has the logits that it has alone, and what the row is filled up with changes none.
+    On both ways of attention, across two blocks of queries. Negative control: without walls they differ."""
     prepared(count=40)
-    run = make_run()
-    inputs, targets = run.rows.batch(range(0, 8), "cpu")
-    with torch.no_grad():
-        logits = run.model(inputs)[0]
-        length = int((targets[0] != -100).nonzero().max()) + 1
-        alone = run.model(inputs[:1, :length])[0]
-        assert (logits[0, :length] - alone[0]).abs().max() < 1e-5
-        filled = inputs.clone()
-        filled[0, length:] = 77
-        assert (run.model(filled)[0][0, :length] - alone[0]).abs().max() < 1e-5
-        together = torch.cat((inputs[1:2, :20], inputs[:1, :length]), dim=1)
-        assert (run.model(together)[0][0, 20:] - alone[0]).abs().max() > 1e-3, "negative control"
+    run = make_run(block_size=400)
+    tensors = inputs, _, documents = run.rows.batch(range(0, 2), "cpu")
+    assert documents.max() > 3 and run.s.block_size > ops.QUERY_BLOCK
+    filled = torch.where(documents == 0, 77, inputs)
+    for way in (ops.attend_in_blocks, smol.attend_fused):
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(smol, "attend", way)
+            logits = [
+                run.model(i, documents=d)[0] for i, d in ((inputs, documents), (filled, documents), (inputs, None))
+            ]
+            far = 0.0
+            for row in range(2):
+                for n, (own, _) in enumerate(spread(tensors, row), 1):
+                    alone = run.model(torch.tensor([own]))[0][0]
+                    packed, other_fill, no_walls = (x[row][documents[row] == n] for x in logits)
+                    assert (packed - alone).abs().max() < 1e-5 and (other_fill - alone).abs().max() < 1e-5
+                    far = max(far, float((no_walls - alone).abs().max()))
+            assert far > 1e-3, "negative control"
 
 
 def test_two_processes_weigh_alike(here):
@@ -846,7 +854,7 @@ def test_the_evaluation_is_the_mean_over_learnt_tokens(here):
             each.append(F.cross_entropy(run.model(own[None, :-1])[0][0], own[1:], reduction="none")[m[1:] == 1])
     mean = float(torch.cat(each).double().mean())
     for batch in (1, 2, 3, 7, 64):
-        assert train.evaluate(run.model, *run.val_rows, batch, train.nullcontext) == pytest.approx(mean, rel=1e-6)
+        assert train.evaluate(run.model, run.val_rows, batch, train.nullcontext) == pytest.approx(mean, rel=1e-6)
     assert abs(float(torch.stack([nats.mean() for nats in each]).mean()) - mean) > 1e-4, "negative control"
 
 

@@ -78,7 +78,7 @@ def test_the_validation_part_is_what_train_measures(model, tmp_path):
     ids, size = validation_ids("t", model)
     meta = prepare.read_meta("t")
     assert (len(ids), size) == (meta["val_tokens"], meta["val_bytes"])
-    loss = evaluate(load(model)[0], *text_rows(ids, 16, 16), 4, nullcontext)
+    loss = evaluate(load(model)[0], text_rows(ids, 16, 16), 4, nullcontext)
     assert f"{loss / math.log(2) * len(ids) / size:.4f} bits per byte" in shown.stdout
     (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text() + " ")
     with pytest.raises(UserError, match="another tokenizer"):

@@ -385,7 +385,7 @@ def test_control_interleaved_rope(sides, monkeypatch):
 def test_control_repeat_for_repeat_interleave(sides, monkeypatch):
     """Query head h must read key/value head h // G; tiling the heads gives it h % K."""
 
-    def tiled(q, k, v, start):
+    def tiled(q, k, v, start, walls=None):
         G, S = q.size(1) // k.size(1), k.size(2)
         k, v = k.repeat(1, G, 1, 1), v.repeat(1, G, 1, 1)
         mask = torch.arange(S) <= torch.arange(start, S)[:, None]
@@ -428,7 +428,7 @@ def test_control_one_off_cache_position(sides, monkeypatch, how):
     if how == "written one early":
         update, attend = smol.update_cache, smol.attend
         monkeypatch.setattr(smol, "update_cache", lambda c, k, v, start: update(c, k, v, max(start - 1, 0)))
-        monkeypatch.setattr(smol, "attend", lambda q, k, v, start: attend(q, k, v, k.size(2) - q.size(2)))
+        monkeypatch.setattr(smol, "attend", lambda q, k, v, *_: attend(q, k, v, k.size(2) - q.size(2)))
     else:
         forward = SmolLM2.forward
 
@@ -451,7 +451,7 @@ def test_control_one_off_cache_position(sides, monkeypatch, how):
 def test_control_a_chunk_that_sees_ahead(sides, monkeypatch):
     """No mask where something is cached: that is right for one token at a time, and wrong for a chunk."""
 
-    def ahead(q, k, v, start):
+    def ahead(q, k, v, start, walls=None):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=start == 0 and q.size(2) > 1,
                                                                 enable_gqa=True)  # fmt: skip
 

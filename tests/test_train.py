@@ -106,8 +106,8 @@ def test_evaluation_is_the_mean_over_tokens_however_it_is_batched(here):
         logits = model(inputs[None, :n])[0][0]
         losses += torch.nn.functional.cross_entropy(logits, targets[:n], reduction="none").tolist()
     for batch in (1, 4, 5, 64):
-        assert abs(train.evaluate(model, *rows, batch, contextlib.nullcontext) - np.mean(losses)) < 1e-5
-    parts = [train.evaluate(model, *(x[r::2] for x in rows), 4, contextlib.nullcontext) for r in (0, 1)]
+        assert abs(train.evaluate(model, rows, batch, contextlib.nullcontext) - np.mean(losses)) < 1e-5
+    parts = [train.evaluate(model, [x[r::2] for x in rows], 4, contextlib.nullcontext) for r in (0, 1)]
     assert abs(np.mean(parts) - np.mean(losses)) > 1e-5, "negative control: the mean of two means is another number"
 
 
@@ -210,7 +210,7 @@ def test_what_is_forgotten_is_printed_at_the_end(here, monkeypatch, capsys):
         model, tokenizer = checkpoint.load("out/t")
         ids, size = evaluate.read_ids(tokenizer, Path(file))
         rows = dataloader.text_rows(ids, 32, 32, 20)
-        loss = train.evaluate(model, *rows, 8, contextlib.nullcontext)
+        loss = train.evaluate(model, rows, 8, contextlib.nullcontext)
         assert abs(loss / math.log(2) * len(ids) / size - now) < 1e-4
     go(monkeypatch, *tuned, "--max_iters=16", "--eval_rows=9", "--accept_changes=eval_rows")  # of other rows
     assert "before" not in capsys.readouterr().out.rpartition("also ")[2]
@@ -816,7 +816,7 @@ def test_the_model_kept_is_the_best_and_overfitting_is_said(here, monkeypatch, c
     model, _ = checkpoint.load("out/t")
     meta = prepare.read_meta("t")
     rows = dataloader.validation_rows("data/t/val.bin", meta["val_tokens"], 32, 20)
-    assert abs(train.evaluate(model, *rows, 8, contextlib.nullcontext) - losses[best]) < 1e-5
+    assert abs(train.evaluate(model, rows, 8, contextlib.nullcontext) - losses[best]) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1111,7 +1111,7 @@ def test_what_is_forgotten_is_that_of_the_model_that_is_kept(here):
     shown = float(re.search(r"also +t.txt: ([\d.]+)", done.stdout)[1])
     model, tokenizer = checkpoint.load("out/t")
     ids, size = evaluate.read_ids(tokenizer, Path("t.txt"))
-    loss = train.evaluate(model, *dataloader.text_rows(ids, 32, 32, 20), 8, contextlib.nullcontext)
+    loss = train.evaluate(model, dataloader.text_rows(ids, 32, 32, 20), 8, contextlib.nullcontext)
     assert abs(loss / math.log(2) * len(ids) / size - shown) < 1e-3
     assert shown < state()["progress"]["other_texts"]["t.txt"] - 0.01
 

@@ -336,7 +336,7 @@ def three(request, tmp_path_factory):
     return hf, model, exact, verify_hf.token_ids(model, 2, 40, 0, text)
 
 
-def all_heads_tiled(q, k, v, start):
+def all_heads_tiled(q, k, v, start, walls=None):
     """Query head h reads key/value head h % K instead of h // G."""
     k, v = (x.repeat(1, q.size(1) // x.size(1), 1, 1) for x in (k, v))
     mask = torch.arange(k.size(2)) <= torch.arange(start, k.size(2))[:, None]
@@ -358,7 +358,7 @@ def one_late(forward):
     return late
 
 
-UNMASKED = lambda q, k, v, start: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+UNMASKED = lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 WEIGHTLESS = lambda self, x: F.rms_norm(x, self.weight.shape, None, self.eps)
 CONTROLS = {  # name: (what it does, the rows that must fail, rows that must not)
     "theta": (
