@@ -4,7 +4,7 @@ One token through SmolLM2 on a CPU: model.py's forward pass for one row, written
 decode.py compiles this file when it is first needed, in half a second, and calls step(). What one token costs is a
 walk over all weights, once, with two operations for each: the processor waits for memory. PyTorch adds to that some
 700 calls with a few microseconds each and products that were made for many rows; here there is one call, and each
-thread reads its share of every matrix from front to back. Activations are fp32 throughout, whatever the weights are.
+thread reads its share of every matrix from front to back. Activations are fp32, and int8 where they meet int8 weights.
 
 Shapes: C hidden, I intermediate, H query heads, K key/value heads, G = H / K, D head dim, V vocabulary.
 */
@@ -14,6 +14,12 @@ Shapes: C hidden, I intermediate, H query heads, K key/value heads, G = H / K, D
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#ifdef __ARM_NEON
+#include <arm_neon.h>
 #endif
 
 /* Every caller passes the kind as a constant, so that each inlined copy holds the code of one kind only. */
@@ -70,31 +76,59 @@ INLINE float dot(int kind, const void *data, long start, const float *x, int n) 
     return sum;
 }
 
-/* sixteen 32-bit numbers: GCC and Clang compute with these types, in whatever vectors the processor has */
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
-#define PRODUCT(word, x) (__builtin_convertvector(word, Floats) * *(const Floats *)(x))
+/* int8 weights meet activations that are int8 too, with a scale for every BYTES_BLOCK of them: four products of bytes and
+   their sum are one instruction on most processors, where widening the weights takes longer than the memory does. */
+#define BYTES_BLOCK 32
+typedef float Floats __attribute__((vector_size(64), aligned(4))); /* GCC and Clang compute with these types, in */
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4))); /* whatever vectors the processor has */
 
-INLINE float dot_bytes(const int8_t *data, const float *x, int n) {
-    /* Widening a byte to fp32 takes longer than the memory does, unless four are read as one word and cut out of it.
-       Each is left in the highest byte, that is times 2^24, which the sum loses at the end. x comes sorted to match: the
-       partners of the words' first bytes, then those of the second bytes, and so on. */
-    const Ints top = (Ints){0} + (-0x1000000); /* the highest byte of each word */
-    Floats a = {0}, b = {0}, c = {0}, d = {0};
-    int q = n / 4, i = 0;
-    for (; i + 16 <= q; i += 16) {
-        Ints word = *(const Ints *)(data + 4 * i);
-        a += PRODUCT(word << 24, x + i);
-        b += PRODUCT(word << 16 & top, x + q + i);
-        c += PRODUCT(word << 8 & top, x + 2 * q + i);
-        d += PRODUCT(word & top, x + 3 * q + i);
+INLINE Ints dot_of_four(Ints w, Ints x) { /* word by word: the sum of the products of its four signed bytes, exactly */
+#if defined(__AVX512VNNI__) && !defined(PLAIN)
+    /* the instruction wants w unsigned: w + 128, and what that adds is taken off */
+    __m512i a = (__m512i)w, b = (__m512i)x, zero = _mm512_setzero_si512(), top = _mm512_set1_epi8(-128);
+    return (Ints)_mm512_dpbusd_epi32(zero, _mm512_xor_si512(a, top), b) - (Ints)_mm512_dpbusd_epi32(zero, top, b);
+#elif defined(__AVX2__) && !defined(PLAIN)
+    /* the sign of w goes to x; no sum of two products of 127 x 127 leaves 16 bits */
+    Ints sums;
+    for (int half = 0; half < 2; half++) {
+        __m256i a = ((__m256i *)&w)[half], b = ((__m256i *)&x)[half];
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+        ((__m256i *)&sums)[half] = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     }
-    a = (a + b) + (c + d);
+    return sums;
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(PLAIN)
+    Ints sums;
+    for (int i = 0; i < 4; i++)
+        ((int32x4_t *)&sums)[i] = vdotq_s32(vdupq_n_s32(0), ((int8x16_t *)&w)[i], ((int8x16_t *)&x)[i]);
+    return sums;
+#else
+    Ints sums = (w >> 24) * (x >> 24);
+    for (int k = 8; k <= 24; k += 8) sums += (w << k >> 24) * (x << k >> 24);
+    return sums;
+#endif
+}
+
+INLINE void to_bytes(const float *x, int n, int8_t *bytes, float *scale) { /* scale: one for every four, for a lane */
+    for (int from = 0; from < n; from += BYTES_BLOCK) {
+        int to = from + BYTES_BLOCK < n ? from + BYTES_BLOCK : n;
+        float largest = 0;
+        for (int i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        float back = largest > 0 ? 127 / largest : 0;
+        for (int i = from; i < to; i++) bytes[i] = x[i] * back + (x[i] < 0 ? -0.5f : 0.5f); /* cut off: to the nearest */
+        for (int i = from; i < to; i += 4) scale[i / 4] = largest / 127;
+    }
+}
+
+INLINE float dot_bytes(const int8_t *w, const int8_t *x, const float *scale, int n) {
+    Floats sums = {0};
+    long i = 0;
+    for (; i + 64 <= n; i += 64) {
+        Ints products = dot_of_four(*(const Ints *)(w + i), *(const Ints *)(x + i));
+        sums += __builtin_convertvector(products, Floats) * *(const Floats *)(scale + i / 4);
+    }
     float sum = 0;
-    for (int j = 0; j < 16; j++) sum += a[j];
-    sum *= 0x1p-24f;
-    for (; i < q; i++)
-        for (int k = 0; k < 4; k++) sum += data[4 * i + k] * x[k * q + i];
+    for (int j = 0; j < 16; j++) sum += sums[j];
+    for (; i < n; i++) sum += w[i] * x[i] * scale[i / 4];
     return sum;
 }
 
@@ -110,11 +144,11 @@ static void multiply(const Matrix *m, const float *x, float *y, int from, int to
     if (m->kind == F32) multiply_in(F32, m, x, y, from, to);
     if (m->kind == BF16) multiply_in(BF16, m, x, y, from, to);
     if (m->kind == INT8) {
-        float sorted[n]; /* n is a multiple of 4 */
-        for (int k = 0; k < 4; k++)
-            for (int i = 0; i < n / 4; i++) sorted[k * (n / 4) + i] = x[4 * i + k];
+        int8_t bytes[n]; /* n is a multiple of 4 */
+        float scale[n / 4];
+        to_bytes(x, n, bytes, scale);
         for (int r = from; r < to; r++)
-            y[r] = dot_bytes((const int8_t *)m->data + (long)r * n, sorted, n) * m->scale[r];
+            y[r] = dot_bytes((const int8_t *)m->data + (long)r * n, bytes, scale, n) * m->scale[r];
     }
 }
 
