@@ -273,7 +273,7 @@ def beside_others(who: str, device: str, folder: str, dtype: torch.dtype):
 
 def machine(device: str):
     """GFLOP/s of matrix products and GB/s of reading memory: the best of each round."""
-    big = torch.ones(1 << 26, device=device)  # 256 MB, beyond any cache
+    big = torch.ones(1 << 26, device=device)  # 256 MB, as many as the weights in bf16; some servers cache the int8 ones
     yield
     while True:
         bfloat16, float32 = (product_rate(device, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32))

@@ -180,11 +180,11 @@ INLINE float exp_below_0(float x) {
 
 /* BLOCK, of positions, is the same whatever the number of threads, so that this changes no sum; decode.py defines it */
 
-INLINE void attend_in(int kind, const Model *m, const Layer *layer, int group, int block, int position) {
+INLINE void attend_in(int kind, int D, const Model *m, const Layer *layer, int group, int block, int position) {
     /* One key/value head with its G query heads over one block of positions, so that each key and value is read once.
        Each query head leaves a part: the values weighted by e^(score - highest), the highest score, and the sum of the
        weights, which merge() puts together. That is FlashAttention's softmax (https://arxiv.org/abs/2205.14135). */
-    int D = m->D, G = m->H / m->K, first = block * BLOCK;
+    int G = m->H / m->K, first = block * BLOCK;
     int n = position + 1 - first < BLOCK ? position + 1 - first : BLOCK;
     long row = ((long)group * m->capacity + first) * D;
     const float *q = m->q + group * G * D;
@@ -209,8 +209,9 @@ INLINE void attend_in(int kind, const Model *m, const Layer *layer, int group, i
 }
 
 static void attend(const Model *m, const Layer *layer, int group, int block, int position) {
-    if (m->cache_kind == F32) attend_in(F32, m, layer, group, block, position);
-    if (m->cache_kind == BF16) attend_in(BF16, m, layer, group, block, position);
+    if (m->cache_kind == F32) attend_in(F32, m->D, m, layer, group, block, position);
+    if (m->cache_kind == BF16 && m->D == 64) attend_in(BF16, 64, m, layer, group, block, position);
+    if (m->cache_kind == BF16 && m->D != 64) attend_in(BF16, m->D, m, layer, group, block, position);
 }
 
 static void merge(const Model *m, int blocks, float *attended) { /* the parts of all blocks, to (H D) */

@@ -22,11 +22,10 @@ SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CP
 # attention
 
 
-def attend_in_blocks(q, k, v, start: int, walls=None):
+def attend_in_blocks(q, k, v, start: int):
     """Causal grouped-query attention on a CPU. Plain twin: model.attend_fused.
 
     q (B, H, T, D) at positions start .. start+T-1, k and v (B, K, S, D) with S = start + T -> (B, H, T, D).
-    walls (B, T, S): True where a query does not see a key.
 
     One block of queries at a time, over the keys that the block may see: of the scores above the diagonal only those
     inside a block are computed (and masked), and a block stays in the cache. The G query heads that share a key/value
@@ -44,8 +43,6 @@ def attend_in_blocks(q, k, v, start: int, walls=None):
         if t > 1:  # mask the keys that come after a query; they are among the block's own
             future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
             scores.view(B, K, G, t, s)[..., s - t :].masked_fill_(future, -math.inf)
-        if walls is not None:
-            scores.view(B, K, G, t, s).masked_fill_(walls[:, None, None, a : a + t, :s], -math.inf)
         out.append((scores.softmax(-1) @ v[:, :, :s]).view(B, H, t, D))  # softmax computes in fp32 for any dtype
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 

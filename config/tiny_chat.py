@@ -10,14 +10,14 @@ dataset = "tiny_chat"
 input = "data/chat/conversations.jsonl"
 
 block_size = 512
-global_batch_size = 16
+global_batch_size = 4
 micro_batch_size = 4
-max_iters = 80  # not four times through the conversations
+max_iters = 60  # not two and a half times through the conversations
 learning_rate = 1e-3
 min_lr = 0.0
-warmup_iters = 8
+warmup_iters = 6
 weight_decay = 0.1
 
-eval_interval = 40  # the first evaluation is before step 1
+eval_interval = 30  # the first evaluation is before step 1
 log_interval = 25
-sample_interval = 80
+sample_interval = 60

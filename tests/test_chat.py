@@ -26,8 +26,6 @@ from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny, tiny_hf
 import checkpoint
 import conversations
 import dataloader
-import model as smol
-import ops
 import prepare
 import sample
 import train
@@ -809,26 +807,22 @@ def test_the_loss_of_a_step_however_it_is_split(here):
 
 def test_what_stands_beside_a_conversation_does_not_matter(here):
     """In a row with others, each has the logits that it has alone, and what the row is filled up with changes none.
-    On both ways of attention, across two blocks of queries. Negative control: without walls they differ."""
+    Negative control: without walls they differ."""
     prepared(count=40)
     run = make_run(block_size=400)
     tensors = inputs, _, documents = run.rows.batch(range(0, 2), "cpu")
-    assert documents.max() > 3 and run.s.block_size > ops.QUERY_BLOCK
-    filled = torch.where(documents == 0, 77, inputs)
-    for way in (ops.attend_in_blocks, smol.attend_fused):
-        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(smol, "attend", way)
-            logits = [
-                run.model(i, documents=d)[0] for i, d in ((inputs, documents), (filled, documents), (inputs, None))
-            ]
-            far = 0.0
-            for row in range(2):
-                for n, (own, _) in enumerate(spread(tensors, row), 1):
-                    alone = run.model(torch.tensor([own]))[0][0]
-                    packed, other_fill, no_walls = (x[row][documents[row] == n] for x in logits)
-                    assert (packed - alone).abs().max() < 1e-5 and (other_fill - alone).abs().max() < 1e-5
-                    far = max(far, float((no_walls - alone).abs().max()))
-            assert far > 1e-3, "negative control"
+    filled, far = torch.where(documents == 0, 77, inputs), 0.0
+    assert documents.max() > 3
+    with torch.no_grad():
+        ways = (inputs, documents), (filled, documents), (inputs, None)
+        logits = [run.model(i, documents=d)[0] for i, d in ways]
+        for row in range(2):
+            for n, (own, _) in enumerate(spread(tensors, row), 1):
+                alone = run.model(torch.tensor([own]))[0][0]
+                packed, other_fill, no_walls = (x[row][documents[row] == n] for x in logits)
+                assert (packed - alone).abs().max() < 1e-5 and (other_fill - alone).abs().max() < 1e-5
+                far = max(far, float((no_walls - alone).abs().max()))
+    assert far > 1e-3, "negative control"
 
 
 def test_two_processes_weigh_alike(here):
