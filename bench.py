@@ -2,7 +2,7 @@
 How fast, beside which others, and how near the machine's own limit.
 
     python bench.py                                     # the usual works, in about ten minutes on two CPU cores
-    python bench.py --only=decode,decode_int8 --vs=llamacpp
+    python bench.py --only=decode,decode_int8 --vs=llamacpp --llama_bench=llama.cpp/build/bin/llama-bench
     python bench.py --model=out/smol_shakespeare --vs=none
 
 Each contender (ours, transformers, llama.cpp) runs in a process of its own and is warmed up. Then they take turns,
@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,6 +58,8 @@ class Settings:
     only: str = ""  # which work, comma-separated: train, train_full_vocab, prefill, decode, decode_2048, decode_int8,
     #                 encode, startup, busy; empty: these. Also decode_512, decode_4000, decode_int8_2048, decode_8_rows
     vs: str = "hf,llamacpp"  # beside which others: hf, llamacpp, none
+    llama_bench: str = ""  # llama-bench of a native build of llama.cpp, measured beside the wheel; empty: that on PATH,
+    #                        if there is one
     model: str = ""  # model directory or hub id for prefill, decode and startup; empty: random weights, 135M
     repeats: Count = 5  # rounds
     device: Literal["cpu", "cuda"] = "cpu"  # what is measured
@@ -75,7 +78,7 @@ DECODE = {  # tokens of prompt, rows
 BUSY = "training reading writing".split()
 SPINNING = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with its parent
 OURS = ["ours", "ours_eager", "ours_plain", *BUSY]
-PEERS = "hf hf_compiled llamacpp tokenizers".split()
+PEERS = "hf hf_compiled llamacpp llama_bench tokenizers".split()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,6 +211,18 @@ def decoding(who: str, device: str, folder: str, int8: bool, depth: int, rows: i
     yield
     while True:
         yield rate()
+
+
+def native(program: str, file: str, prompt: int, new: int, depth: int):
+    """A native build of llama.cpp: `prompt` or `new` tokens after `depth`, by its llama-bench, a process a round."""
+    flags = dict(m=file, p=prompt, n=new, d=depth, t=torch.get_num_threads(), ngl=0, r=1, o="json")
+    command = [program, *(part for key, value in flags.items() for part in (f"-{key}", str(value)))]
+    yield
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{program} failed")
+        yield json.loads(done.stdout)[0]["avg_ts"]
 
 
 def encoding(who: str):
@@ -414,9 +429,11 @@ def receive(connection) -> tuple:
         return "failed", "its process died"
 
 
-def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: str, dtype=None) -> dict[str, tuple]:
+def contenders_for(
+    work: str, vs: list[str], device: str, folder: str, ggufs: str, dtype=None, llama_bench: str = ""
+) -> dict[str, tuple]:
     """Who does this work: (function, *arguments) by name. folder: of the model; ggufs: of the same as GGUF files;
-    dtype: of the products in training."""
+    dtype: of the products in training; llama_bench: the program, or empty."""
 
     def folder_of(who):
         return ggufs if who == "llamacpp" else folder
@@ -430,8 +447,12 @@ def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: st
         return {who: (encoding, who) for who in ("ours", "tokenizers")}
     if work == "startup":
         return {who: (starting, who, folder) for who in ("ours", *vs) if who != "llamacpp"}
+    by_native = bool(llama_bench) and "llamacpp" in vs
     if work == "prefill":
-        return {who: (prefilling, who, device, folder_of(who)) for who in ("ours", *vs)}
+        found = {who: (prefilling, who, device, folder_of(who)) for who in ("ours", *vs)}
+        return found | (
+            {"llama_bench": (native, llama_bench, f"{ggufs}/bf16.gguf", PREFILL, 0, 0)} if by_native else {}
+        )
     if work == "busy":
         return {who: (beside_others, who, device, folder, dtype) for who in BUSY}
     int8, (depth, rows) = "int8" in work, DECODE[work]
@@ -440,7 +461,11 @@ def contenders_for(work: str, vs: list[str], device: str, folder: str, ggufs: st
         names = [who for who in names if who != "hf"]
     if rows > 1:  # llama.cpp's server takes its rows from several visitors
         names = [who for who in names if who != "llamacpp"]
-    return {who: (decoding, who, device, folder_of(who), int8, depth, rows) for who in names}
+    found = {who: (decoding, who, device, folder_of(who), int8, depth, rows) for who in names}
+    if by_native and rows == 1:
+        file = f"{ggufs}/{'q8_0' if int8 else 'bf16'}.gguf"
+        found["llama_bench"] = native, llama_bench, file, 0, NEW, depth
+    return found
 
 
 def summary(work: str, found: dict) -> dict:
@@ -454,7 +479,8 @@ def summary(work: str, found: dict) -> dict:
         result[name] = round(statistics.median(one["rounds"]), 2)
         result.setdefault("spread", {})[name] = [round(min(one["rounds"]), 2), round(max(one["rounds"]), 2)]
         result.setdefault("setup_s", {})[name] = round(one["setup_s"], 1)
-        result.setdefault("peak_mb", {})[name] = round(one["peak_mb"]) if math.isfinite(one["peak_mb"]) else None
+        known = math.isfinite(one["peak_mb"]) and name != "llama_bench"  # whose memory is that of other processes
+        result.setdefault("peak_mb", {})[name] = round(one["peak_mb"]) if known else None
     ours, peers = result.get("ours"), {name: result[name] for name in PEERS if result.get(name)}
     result["ratio"] = result["best_peer"] = None
     if ours and peers:
@@ -505,6 +531,8 @@ def main():
     problems += [f"--vs={v}: expected hf, llamacpp or none." for v in vs if v not in ("hf", "llamacpp")]
     if problems:
         raise UserError("\n".join(problems))
+    if s.llama_bench and not shutil.which(s.llama_bench):
+        raise UserError(f"--llama_bench={s.llama_bench}: no such program.")
     device = pick_device(s.device)
     started = time.time()
     with tempfile.TemporaryDirectory() as temporary:
@@ -545,7 +573,8 @@ def report(s, device, only, vs, folder, temporary, weights, started):
     print(f"training in {str(dtype)[6:]}: {reason}", file=sys.stderr)
     for work in only:
         print(f"{work}:", end="", flush=True, file=sys.stderr)
-        contenders = contenders_for(work, vs, device, str(folder), str(temporary), dtype)
+        program = s.llama_bench or shutil.which("llama-bench") or ""
+        contenders = contenders_for(work, vs, device, str(folder), str(temporary), dtype, program)
         if work not in ("encode", "startup", "busy"):
             contenders["machine"] = (machine, device)
         found = take_turns(contenders, s.repeats)

@@ -1,6 +1,7 @@
 """bench.py: that it measures and reports. No test asserts a time: that depends on the machine."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,3 +147,29 @@ def test_without_the_resource_module(monkeypatch, capsys):
     assert r["peak_mb"]["ours"] is None and "resource" not in vars(bench)
     bench.print_card("encode", r)
     assert "peak" not in capsys.readouterr().out.split("no peer")[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+def test_a_native_llama_bench_is_asked_for_the_same_work(tmp_path):
+    """A stand-in, which notes what it was asked: the same tokens after the same depth from the same weights, and only
+    where llama.cpp takes part. One that fails is said, and names its last words."""
+    program = tmp_path / "llama-bench"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho \'[{{"avg_ts": 12.5}}]\'\n')
+    program.chmod(0o755)
+    ask = lambda work, vs: bench.contenders_for(work, vs, "cpu", "model", "ggufs", None, str(program))  # noqa: E731
+    for work in ("prefill", "decode_int8", "decode_2048"):
+        function, *arguments = ask(work, ["llamacpp"])["llama_bench"]
+        contender = function(*arguments)
+        next(contender)
+        assert next(contender) == 12.5
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    asked = [{flag: value for flag, value in zip(line[::2], line[1::2])} for line in asked]
+    assert [(a["-m"], a["-p"], a["-n"], a["-d"]) for a in asked] == [
+        ("ggufs/bf16.gguf", "512", "0", "0"),
+        ("ggufs/q8_0.gguf", "0", "64", "16"),
+        ("ggufs/bf16.gguf", "0", "64", "2048"),
+    ]
+    assert "llama_bench" not in ask("decode", ["hf"]) and "llama_bench" not in ask("decode_8_rows", ["llamacpp"])
+    program.write_text("#!/bin/sh\necho no such model >&2; exit 1\n")
+    with pytest.raises(RuntimeError, match="no such model"):
+        next(contender)
