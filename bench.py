@@ -215,7 +215,7 @@ def decoding(who: str, device: str, folder: str, int8: bool, depth: int, rows: i
 
 def native(program: str, file: str, prompt: int, new: int, depth: int):
     """A native build of llama.cpp: `prompt` or `new` tokens after `depth`, by its llama-bench, a process a round."""
-    flags = dict(m=file, p=prompt, n=new, d=depth, t=torch.get_num_threads(), ngl=0, r=1, o="json")
+    flags = dict(m=file, p=prompt, n=new, d=depth, t=torch.get_num_threads(), ngl=0, fa=1, r=1, o="json")
     command = [program, *(part for key, value in flags.items() for part in (f"-{key}", str(value)))]
     yield
     while True:

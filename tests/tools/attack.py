@@ -561,7 +561,7 @@ def flag_cases() -> list[Case]:
         *flags("verify_hf", EITHER, "--shape=9B --context=-1 --context=0 --context=x --seed=-1 --device=meta"),
         *flags("verify_hf", FAILS, "--model=missing --text=missing"),
         *flags("bench", EITHER, "--only=nonsense --vs=nonsense --repeats=0 --repeats=x --device=meta"),
-        *flags("bench", FAILS, "--model=missing --model=t.txt"),
+        *flags("bench", FAILS, "--model=missing --model=t.txt --llama_bench=missing"),
         *flags("app", EITHER, "--port=-1 --port=0 --port=70000 --port=x --auth=nocolon --share=true --device=meta"),
         *flags("app", EITHER, "--dtype=x --model=missing"),
     ]
