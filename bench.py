@@ -58,8 +58,10 @@ class Settings:
     only: str = ""  # which work, comma-separated: train, train_full_vocab, prefill, decode, decode_2048, decode_int8,
     #                 encode, startup, busy; empty: these. Also decode_512, decode_4000, decode_int8_2048, decode_8_rows
     vs: str = "hf,llamacpp"  # beside which others: hf, llamacpp, none
-    llama_bench: str = ""  # llama-bench of a native build of llama.cpp, measured beside the wheel; empty: that on PATH,
-    #                        if there is one
+    llama_bench: str = (
+        ""  # llama-bench of a native build of llama.cpp, measured beside the wheel where --vs has llamacpp;
+    )
+    #                        empty: that on PATH, if there is one
     model: str = ""  # model directory or hub id for prefill, decode and startup; empty: random weights, 135M
     repeats: Count = 5  # rounds
     device: Literal["cpu", "cuda"] = "cpu"  # what is measured
@@ -288,7 +290,7 @@ def beside_others(who: str, device: str, folder: str, dtype: torch.dtype):
 
 def machine(device: str):
     """GFLOP/s of matrix products and GB/s of reading memory: the best of each round."""
-    big = torch.ones(1 << 26, device=device)  # 256 MB, as many as the weights in bf16; some servers cache the int8 ones
+    big = torch.ones(1 << 26, device=device)  # 256 MiB, about the weights in bf16; a cache may hold those in int8
     yield
     while True:
         bfloat16, float32 = (product_rate(device, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32))

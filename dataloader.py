@@ -6,7 +6,7 @@ What prepare.py made, as rows of tokens: the rows of a training step, and the ro
 
 Row i of a run is a pure function of (seed, i). So the order of the data needs no saved state, survives a resume
 exactly, and does not depend on the number of processes or on the micro-batch. Conversations() does the same for those,
-several in a row.
+with several to a row.
 
 Shapes: B batch, T time (block_size), N rows.
 """
@@ -108,8 +108,8 @@ def checked(data: bytes, count: int, file, vocab_size: int) -> np.ndarray:
 
 
 class Conversations:
-    """Rows of whole conversations by their number. Only what is to be learnt is a target; the rest, and what is left of
-    a row, is -100. Conversations in one row do not see each other.
+    """Training rows by their number, each packed with whole conversations. Only what is to be learnt is a target; the
+    rest, and what is left of a row, is -100. Conversations in one row do not see each other.
 
     The mask of prepare.py has a byte for each token: 1 where it is learnt, 2 where a conversation begins.
     A conversation longer than a row is cut at its end; one with nothing to learn before the cut is left out. Which
@@ -172,11 +172,11 @@ class Conversations:
         return sum(int(self.lengths[n]) - 1 for row in rows for n in self.numbers(row))
 
     def describe(self) -> str:
-        """How many there are, what was cut, and how much of the rows is filled up."""
-        filled = 1 - (self.lengths - 1).sum() / (self.per_epoch * self.T)
+        """How many there are, what was cut, and how much of the rows is padding."""
+        padding = 1 - (self.lengths - 1).sum() / (self.per_epoch * self.T)
         return (
-            f"{len(self.begins):,} conversations in {self.per_epoch:,} rows, {filled:.1%} padding; {self.cut:,} longer "
-            f"than {self.T} tokens, cut; {self.left_out:,} without an answer in that, left out"
+            f"{len(self.begins):,} conversations in {self.per_epoch:,} rows, {padding:.1%} padding; {self.cut:,} "
+            f"longer than {self.T} tokens, cut; {self.left_out:,} without an answer in that, left out"
         )
 
 

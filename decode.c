@@ -108,13 +108,13 @@ INLINE Ints dot_of_four(Ints w, Ints x) { /* word by word: the sum of the produc
 #endif
 }
 
-INLINE void to_bytes(const float *x, int n, int8_t *bytes, float *scale) { /* scale: one for every four, for a lane */
+INLINE void to_bytes(const float *x, int n, int8_t *bytes, float *scale) { /* a block's scale for every four: a lane */
     for (int from = 0; from < n; from += BYTES_BLOCK) {
         int to = from + BYTES_BLOCK < n ? from + BYTES_BLOCK : n;
         float largest = 0;
         for (int i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
         float back = largest > 0 ? 127 / largest : 0;
-        for (int i = from; i < to; i++) bytes[i] = x[i] * back + (x[i] < 0 ? -0.5f : 0.5f); /* cut off: to the nearest */
+        for (int i = from; i < to; i++) bytes[i] = x[i] * back + (x[i] < 0 ? -0.5f : 0.5f); /* the cast cuts off */
         for (int i = from; i < to; i += 4) scale[i / 4] = largest / 127;
     }
 }
@@ -138,7 +138,7 @@ INLINE float dot_bytes(const int8_t *w, const int8_t *x, const float *scale, int
 /* While a row is computed with, have the bytes fetched that come AHEAD bytes after it: the processor looks ahead itself,
    but only to the end of a page of 4 KB. */
 #define AHEAD 8192
-INLINE const void *row_of(const Matrix *m, int r, int size) { /* row r of numbers of `size` bytes */
+INLINE const void *fetch_row(const Matrix *m, int r, int size) { /* row r, of numbers of `size` bytes */
     long bytes = (long)m->columns * size;
     const char *row = (const char *)m->data + r * bytes;
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(row + AHEAD + i, 0, 2);
@@ -146,7 +146,7 @@ INLINE const void *row_of(const Matrix *m, int r, int size) { /* row r of number
 }
 
 INLINE void multiply_in(int kind, const Matrix *m, const float *x, float *y, int from, int to) {
-    for (int r = from; r < to; r++) y[r] = dot(kind, row_of(m, r, kind == F32 ? 4 : 2), 0, x, m->columns);
+    for (int r = from; r < to; r++) y[r] = dot(kind, fetch_row(m, r, kind == F32 ? 4 : 2), 0, x, m->columns);
 }
 
 static void multiply(const Matrix *m, const float *x, float *y, int from, int to) { /* rows from .. to - 1 of y = m x */
@@ -158,7 +158,7 @@ static void multiply(const Matrix *m, const float *x, float *y, int from, int to
         float scale[n / 4];
         to_bytes(x, n, bytes, scale);
         for (int r = from; r < to; r++)
-            y[r] = dot_bytes(row_of(m, r, 1), bytes, scale, n) * m->scale[r];
+            y[r] = dot_bytes(fetch_row(m, r, 1), bytes, scale, n) * m->scale[r];
     }
 }
 

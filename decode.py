@@ -5,8 +5,9 @@ decode.c from Python: one token of one text on a CPU, without a call into PyTorc
     logits = Decoder(model)(token_id, cache, position)      # (1, V) fp32, and the cache holds the new position
 
 sample.generate() uses it wherever it can: one row, on a CPU, where there is a C compiler. The weights stay where they
-are, in the model, whether fp32, bf16 or int8; activations are fp32. tests/test_decode.py compares it with the plain
-forward pass of model.py, which everything else uses; so does every process, on the first token of each model.
+are, in the model, whether fp32, bf16 or int8; activations are fp32, and int8 where they meet int8 weights.
+tests/test_decode.py compares it with the plain forward pass of model.py, which everything else uses; so does every
+process, on the first token of each model.
 """
 
 import ctypes
@@ -210,7 +211,7 @@ class Decoder:
 
 
 # how far the logits of a first token may differ, relative to their standard deviation: model.py rounds activations to
-# the dtype of the weights, decode.c keeps them in fp32
+# bfloat16 for bfloat16 and int8 weights, decode.c keeps them in fp32, or rounds them to int8 where they meet int8
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 checked = weakref.WeakSet()  # models whose first token has been compared
 

@@ -169,7 +169,7 @@ def attend(q, k, v, start: int, walls=None):
 
     q (B, H, T, D) stands at positions start .. start+T-1; k and v (B, K, S, D) are those of positions 0 .. S-1, where
     S = start + T. walls (B, T, S): True where a query does not see a key. Returns (B, H, T, D). On a CPU the same is
-    faster in blocks of queries (ops.py), unless there are walls: then the kernel is, and holds no scores for backward.
+    faster in blocks of queries (ops.py); with walls PyTorch's kernel is, and it keeps no scores for the backward pass.
     """
     in_blocks = q.device.type == "cpu" and walls is None
     return ops.attend_in_blocks(q, k, v, start) if in_blocks else attend_fused(q, k, v, start, walls)

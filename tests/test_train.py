@@ -336,6 +336,14 @@ def test_a_short_text_ends_the_run_early(here, monkeypatch, capsys):
     assert state()["progress"]["step"] == 2 * steps and len(log(key="val_loss")) >= 8
 
 
+def test_an_evaluation_at_the_end_alone_stays_one(here, monkeypatch):
+    """A recipe that keeps the last model, though an earlier one has a lower loss, must not get others on the way."""
+    ends = ["--max_iters=1000", "--eval_interval=1000", "--sample_interval=2000"]
+    go(monkeypatch, *ends, "--max_epochs=0.5", "--log_interval=2000", "--warmup_iters=1")
+    (last,) = log(key="val_loss")
+    assert last == state()["progress"]["step"] > 1 and list(log(key="sample")) == [last] == list(log(key="lr"))
+
+
 @pytest.mark.slow
 def test_a_limit_in_epochs_of_a_run_that_began_without_is_said(here, monkeypatch, capsys):
     """It would end at a high rate, without a word, or be refused with a number that nobody gave."""
