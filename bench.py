@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import platform
 import re
 import shutil
@@ -219,9 +220,10 @@ def native(program: str, file: str, prompt: int, new: int, depth: int):
     """A native build of llama.cpp: `prompt` or `new` tokens after `depth`, by its llama-bench, a process a round."""
     flags = dict(m=file, p=prompt, n=new, d=depth, t=torch.get_num_threads(), ngl=0, fa=1, r=1, o="json")
     command = [program, *(part for key, value in flags.items() for part in (f"-{key}", str(value)))]
+    surroundings = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}  # which is ours
     yield
     while True:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=surroundings)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{program} failed")
         yield json.loads(done.stdout)[0]["avg_ts"]

@@ -129,16 +129,23 @@ class Conversations:
             raise UserError(f"{file}: no conversation has an answer within --block_size={block_size} tokens.")
         self.name, self.ids, self.mask, self.vocab_size = file, open(file, "rb"), mask, vocab_size
         self.rows = pack(self.lengths - 1, block_size)  # the last token of each is a target alone
+        self.row_learnt, self.row_size = (
+            [int(of_each[row].sum()) for row in self.rows] for of_each in (self.learnt, self.lengths - 1)
+        )
         self.T, self.seed, self.per_epoch = block_size, seed, len(self.rows)
         self.epoch, self.order = -1, None
 
-    def numbers(self, row: int) -> list[int]:
-        """The conversations that row `row` of the run holds."""
+    def place(self, row: int) -> int:
+        """Which of the packed rows is row `row` of the run."""
         epoch, i = divmod(row, self.per_epoch)
         if epoch != self.epoch:
             self.order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.per_epoch)
             self.epoch = epoch
-        return self.rows[self.order[i]]
+        return int(self.order[i])
+
+    def numbers(self, row: int) -> list[int]:
+        """The conversations that row `row` of the run holds."""
+        return self.rows[self.place(row)]
 
     def read(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of conversation n."""
@@ -166,10 +173,10 @@ class Conversations:
         return tuple(to_device(t, device) for t in self.filled([self.numbers(row) for row in rows]))
 
     def weight(self, rows: range) -> int:
-        return sum(int(self.learnt[n]) for row in rows for n in self.numbers(row))
+        return sum(self.row_learnt[self.place(row)] for row in rows)
 
     def size(self, rows: range) -> int:
-        return sum(int(self.lengths[n]) - 1 for row in rows for n in self.numbers(row))
+        return sum(self.row_size[self.place(row)] for row in rows)
 
     def describe(self) -> str:
         """How many there are, what was cut, and how much of the rows is padding."""

@@ -91,15 +91,17 @@ INLINE Ints dot_of_four(Ints w, Ints x) { /* word by word: the sum of the produc
     /* the sign of w goes to x; no sum of two products of 127 x 127 leaves 16 bits */
     Ints sums;
     for (int half = 0; half < 2; half++) {
-        __m256i a = ((__m256i *)&w)[half], b = ((__m256i *)&x)[half];
+        __m256i a = _mm256_loadu_si256((__m256i *)&w + half), b = _mm256_loadu_si256((__m256i *)&x + half);
         __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
-        ((__m256i *)&sums)[half] = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        _mm256_storeu_si256((__m256i *)&sums + half, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     return sums;
 #elif defined(__ARM_FEATURE_DOTPROD) && !defined(PLAIN)
     Ints sums;
-    for (int i = 0; i < 4; i++)
-        ((int32x4_t *)&sums)[i] = vdotq_s32(vdupq_n_s32(0), ((int8x16_t *)&w)[i], ((int8x16_t *)&x)[i]);
+    for (int i = 0; i < 4; i++) {
+        int8x16_t a = vld1q_s8((int8_t *)&w + 16 * i), b = vld1q_s8((int8_t *)&x + 16 * i);
+        vst1q_s32((int32_t *)&sums + 4 * i, vdotq_s32(vdupq_n_s32(0), a, b));
+    }
     return sums;
 #else
     Ints sums = (w >> 24) * (x >> 24);
@@ -111,11 +113,12 @@ INLINE Ints dot_of_four(Ints w, Ints x) { /* word by word: the sum of the produc
 INLINE void to_bytes(const float *x, int n, int8_t *bytes, float *scale) { /* a block's scale for every four: a lane */
     for (int from = 0; from < n; from += BYTES_BLOCK) {
         int to = from + BYTES_BLOCK < n ? from + BYTES_BLOCK : n;
-        float largest = 0;
-        for (int i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-        float back = largest > 0 ? 127 / largest : 0;
-        for (int i = from; i < to; i++) bytes[i] = x[i] * back + (x[i] < 0 ? -0.5f : 0.5f); /* the cast cuts off */
-        for (int i = from; i < to; i += 4) scale[i / 4] = largest / 127;
+        float largest = 0, nan = 0;
+        for (int i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest, nan += x[i] * 0;
+        if (nan != 0) largest = 0; /* one of them is infinite or no number, else nan is 0: what comes of it is no number */
+        float back = largest > 1e-30f ? 127 / largest : 0;
+        for (int i = from; i < to; i++) bytes[i] = back ? x[i] * back + (x[i] < 0 ? -0.5f : 0.5f) : 0; /* rounds */
+        for (int i = from; i < to; i += 4) scale[i / 4] = largest / 127 + nan;
     }
 }
 
@@ -141,7 +144,7 @@ INLINE float dot_bytes(const int8_t *w, const int8_t *x, const float *scale, int
 INLINE const void *fetch_row(const Matrix *m, int r, int size) { /* row r, of numbers of `size` bytes */
     long bytes = (long)m->columns * size;
     const char *row = (const char *)m->data + r * bytes;
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(row + AHEAD + i, 0, 2);
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((void *)((uintptr_t)row + AHEAD + i), 0, 2);
     return row;
 }
 
@@ -154,8 +157,8 @@ static void multiply(const Matrix *m, const float *x, float *y, int from, int to
     if (m->kind == F32) multiply_in(F32, m, x, y, from, to);
     if (m->kind == BF16) multiply_in(BF16, m, x, y, from, to);
     if (m->kind == INT8) {
-        int8_t bytes[n]; /* n is a multiple of 4 */
-        float scale[n / 4];
+        int8_t bytes[n] __attribute__((aligned(64))); /* n is a multiple of 4 */
+        float scale[n / 4] __attribute__((aligned(64)));
         to_bytes(x, n, bytes, scale);
         for (int r = from; r < to; r++)
             y[r] = dot_bytes(fetch_row(m, r, 1), bytes, scale, n) * m->scale[r];

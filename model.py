@@ -168,8 +168,8 @@ def attend(q, k, v, start: int, walls=None):
     """Causal grouped-query attention: position p sees positions <= p, but for those that `walls` hides.
 
     q (B, H, T, D) stands at positions start .. start+T-1; k and v (B, K, S, D) are those of positions 0 .. S-1, where
-    S = start + T. walls (B, T, S): True where a query does not see a key. Returns (B, H, T, D). On a CPU the same is
-    faster in blocks of queries (ops.py); with walls PyTorch's kernel is, and it keeps no scores for the backward pass.
+    S = start + T. walls (B, 1, T, S), in the dtype of q: 0 where a query sees a key, else -inf. Returns (B, H, T, D).
+    On a CPU the same is faster in blocks of queries (ops.py); with walls PyTorch's kernel is, and keeps no scores.
     """
     in_blocks = q.device.type == "cpu" and walls is None
     return ops.attend_in_blocks(q, k, v, start) if in_blocks else attend_fused(q, k, v, start, walls)
@@ -179,11 +179,9 @@ def attend_fused(q, k, v, start: int, walls=None):
     """attend() by PyTorch's fused kernels: softmax(q k^T / sqrt(D)) v, flash attention where the GPU has it."""
     T, S = q.size(2), k.size(2)
     # is_causal masks from the top left, right only when nothing is cached; one query alone may see all keys
-    mask = None
-    if walls is not None or (T > 1 and start > 0):
+    mask = walls
+    if walls is None and T > 1 and start > 0:
         mask = torch.arange(S, device=q.device) <= torch.arange(start, S, device=q.device)[:, None]  # (T, S)
-    if walls is not None:
-        mask = mask & ~walls[:, None]  # (B, 1, T, S)
     if q.size(1) != k.size(1) and not takes_groups(q, mask):
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, S, D) each
     grouped = q.size(1) != k.size(1)
@@ -358,7 +356,7 @@ class SmolLM2(nn.Module):
         walls = None
         if documents is not None:
             assert cache is None, "documents are for rows that are whole"
-            walls = documents[:, :, None] != documents[:, None, :]  # (B, T, T)
+            walls = self.walls(documents, x)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache.layers[i] if cache is not None else None, start, walls)
         x = self.norm(x)
@@ -374,6 +372,13 @@ class SmolLM2(nn.Module):
         if targets is not None:
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # ignore_index is -100
         return logits, loss
+
+    @staticmethod
+    def walls(documents, x):  # (B, T), and x for its dtype -> (B, 1, T, T), one for all layers: 0 where seen, else -inf
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        seen = (documents[:, :, None] == documents[:, None, :]).tril()
+        return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
 
     def head(self, x):  # (B, T, C) -> (B, T, V): a matrix of its own, or the embedding once more
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)

@@ -140,6 +140,8 @@ class Run:
         self.other_texts = {file: read_ids(self.tokenizer, Path(file)) for file in files}
         facts = "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()
         self.facts = {key: self.meta[key] for key in facts}  # what must be the same on a resume
+        if self.chat:
+            self.facts["conversations"] = "packed"  # before 26 November 2026 each had a row to itself
 
         # where the data are short, fewer steps, a schedule and intervals that fit them
         self.asked_iters, most = s.max_iters, s.max_epochs * self.rows.per_epoch / s.global_batch_size
@@ -380,11 +382,16 @@ def agree(run: Run, loss: torch.Tensor) -> tuple[float, bool]:
 def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float, steps: int):
     """A line on the terminal and one in log.jsonl. `seconds`: what the `steps` since the last line took together."""
     s, p = run.s, run.p
-    rate = run.rows.size(range((p.step - steps) * s.global_batch_size, p.step * s.global_batch_size)) / seconds
+    rows = range((p.step - steps) * s.global_batch_size, p.step * s.global_batch_size)
+    rate, speed = run.rows.size(rows) / seconds, run.model.flops_per_token(s.block_size)
+    if run.chat:  # the head is for what is learnt alone
+        head = 6 * run.model.config.vocab_size * run.model.config.hidden_size
+        speed -= head * (1 - run.rows.weight(rows) / run.rows.size(rows))
+    speed *= rate / run.world
     seconds /= steps
     if run.peak_source == "measured":  # perhaps while the machine was busy: a faster step corrects it
-        run.peak = max(run.peak, rate * run.model.flops_per_token(s.block_size) / run.world)
-    mfu = rate * run.model.flops_per_token(s.block_size) / (run.peak * run.world) if run.peak else None
+        run.peak = max(run.peak, speed)
+    mfu = speed / run.peak if run.peak else None
     eta = int((s.max_iters - p.step) * seconds)
     run.say(
         f"step {p.step:>6} | loss {loss:.4f} | lr {lr:.2e} | grad {norm:.2f} | {1000 * seconds:,.0f} ms | "
@@ -492,8 +499,8 @@ def print_sample(run: Run):
     if run.rank > 0:
         return
     prompt = run.tokenizer.encode("\n", add_special_tokens=False).ids or [run.meta["eos_token_id"]]
-    if run.chat:  # the first held-out question
-        inputs, targets = (rows[0] for rows in run.val_rows[:2])
+    if run.chat:  # a held-out question, of one of the shorter conversations
+        inputs, targets = (rows[-1] for rows in run.val_rows[:2])
         prompt = inputs[: int((targets != -100).nonzero()[0]) + 1].tolist()
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
