@@ -995,6 +995,17 @@ def test_an_instruct_model_is_tuned_with_its_own_template(here, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_run_whose_rows_were_others_is_no_resume(here, monkeypatch):
+    """Until 26 November 2026 a row held one conversation: such a run would go on with other rows, without a word."""
+    prepared(count=40)
+    go(monkeypatch, "--max_iters=2")
+    state = torch.load("out/t/state.pt", weights_only=True)
+    assert state["facts"].pop("conversations") == "packed"
+    torch.save(state, "out/t/state.pt")
+    with pytest.raises(UserError, match="the conversations was None, is packed"):
+        go(monkeypatch, "--max_iters=4")
+
+
 def test_a_tokenizer_or_template_that_has_changed_is_no_resume(here, monkeypatch):
     """Other conversations under the same name: the run says so."""
     prepared(count=30)
