@@ -10,9 +10,9 @@ init_from = "out/SmolLM2-135M-Instruct"
 tokenizer = "out/SmolLM2-135M-Instruct"  # no other fits the weights
 dataset = "shakespeare_smollm2"
 
-block_size = 512  # the model was trained on 2,048 and more: the longer the rows, the better it can use what it knows
-global_batch_size = 2  # twice the rows in half as many steps reach the same
-micro_batch_size = 2
+block_size = 1024  # the model was trained on 2,048 and more: the longer the rows, the better it can use what it knows
+global_batch_size = 1
+micro_batch_size = 1
 max_iters = 280
 learning_rate = 2e-4  # a fifteenth of pretraining's: the weights are good already
 min_lr = 0.0
@@ -20,7 +20,7 @@ warmup_iters = 20
 weight_decay = 0.01
 
 eval_interval = 280  # the first evaluation is before step 1, so that you see where you start from
-eval_rows = 35  # of 71 on Shakespeare: an evaluation should not cost a tenth of the time
+eval_rows = 18  # of 36 on Shakespeare: an evaluation should not cost a tenth of the time
 log_interval = 10
 sample_interval = 280
 also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end
