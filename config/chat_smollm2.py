@@ -19,9 +19,7 @@ min_lr = 0.0
 warmup_iters = 11
 weight_decay = 0.01
 
-eval_interval = (
-    100_000  # at both ends alone: the best model is kept, and the loss is lowest before the answers are best
-)
+eval_interval = 100_000  # at both ends alone: the best answers come after the lowest loss, whose model would be kept
 log_interval = 5
 sample_interval = 100_000
 also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end
