@@ -165,18 +165,12 @@ def rotate(x, cos, sin):  # x (B, heads, T, D), cos and sin (T, D) fp32 -> (B, h
 
 
 def attend(q, k, v, start: int, walls=None):
-    """Causal grouped-query attention: position p sees positions <= p, but for those that `walls` hides.
+    """Causal grouped-query attention, softmax(q k^T / sqrt(D)) v: position p sees positions <= p, but for those that
+    `walls` hides. By PyTorch's fused kernels, which keep no (T, S) scores.
 
     q (B, H, T, D) stands at positions start .. start+T-1; k and v (B, K, S, D) are those of positions 0 .. S-1, where
     S = start + T. walls (B, 1, T, S), in the dtype of q: 0 where a query sees a key, else -inf. Returns (B, H, T, D).
-    On a CPU the same is faster in blocks of queries (ops.py); with walls PyTorch's kernel is, and keeps no scores.
     """
-    in_blocks = q.device.type == "cpu" and walls is None
-    return ops.attend_in_blocks(q, k, v, start) if in_blocks else attend_fused(q, k, v, start, walls)
-
-
-def attend_fused(q, k, v, start: int, walls=None):
-    """attend() by PyTorch's fused kernels: softmax(q k^T / sqrt(D)) v, flash attention where the GPU has it."""
     T, S = q.size(2), k.size(2)
     # is_causal masks from the top left, right only when nothing is cached; one query alone may see all keys
     mask = walls

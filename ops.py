@@ -1,50 +1,17 @@
 """
 The same mathematics in fewer bytes. Each function has a plain twin, named beside it; tests hold the two together.
 
-A training step or a long prompt spends its time in matrix products and in moving what is around them. These three keep
-large intermediate tensors out of memory: the scores of attention, the logits of the loss, and the halves of SwiGLU.
+A training step or a long prompt spends its time in matrix products and in moving what is around them. These two keep
+large intermediate tensors out of memory: the halves of SwiGLU, and the logits of the loss.
 
-Shapes: B batch, T time (tokens in this call), S all positions seen so far, C hidden, H query heads, K key/value heads,
-G = H / K query heads per key/value head, D head dim, V vocabulary, N = B * T.
+Shapes: B batch, T time, C hidden, V vocabulary, N = B * T.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
-QUERY_BLOCK = 256  # queries whose scores are held at once: about as many as stay in a CPU's cache
 LOSS_ROWS = 512  # tokens whose logits are held at once
 SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CPU: 6 MB at a vocabulary of 49,152
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# attention
-
-
-def attend_in_blocks(q, k, v, start: int):
-    """Causal grouped-query attention on a CPU. Plain twin: model.attend_fused.
-
-    q (B, H, T, D) at positions start .. start+T-1, k and v (B, K, S, D) with S = start + T -> (B, H, T, D).
-
-    One block of queries at a time, over the keys that the block may see: of the scores above the diagonal only those
-    inside a block are computed (and masked), and a block stays in the cache. The G query heads that share a key/value
-    head are stacked as rows of one product, so keys and values are not repeated.
-    """
-    B, H, T, D = q.shape
-    K = k.size(1)
-    G = H // K
-    out = []  # (B, H, t, D) of each block
-    q = (q * D**-0.5).view(B, K, G, T, D)
-    for a in range(0, T, QUERY_BLOCK):
-        t = min(QUERY_BLOCK, T - a)
-        s = start + a + t  # the keys that the last query of this block sees
-        scores = q[:, :, :, a : a + t].reshape(B, K, G * t, D) @ k[:, :, :s].transpose(-1, -2)  # (B, K, G*t, s)
-        if t > 1:  # mask the keys that come after a query; they are among the block's own
-            future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-            scores.view(B, K, G, t, s)[..., s - t :].masked_fill_(future, -math.inf)
-        out.append((scores.softmax(-1) @ v[:, :, :s]).view(B, H, t, D))  # softmax computes in fp32 for any dtype
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

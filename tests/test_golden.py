@@ -1,6 +1,7 @@
 """Forty steps of a tiny fp32 run, recorded: losses, learning rates and gradient norms stay the same. They differ by
-7e-07 from what commit 3606efd recorded first: the loss's gradient is divided by the count later now. The run has an
-evaluation every ten steps, ragged micro-batches, noise on the inputs, and a stop by a real signal after step 17.
+2e-06 from what commit 3606efd recorded first: the loss's gradient is divided by the count later now, and attention is
+PyTorch's kernel. The run has an evaluation every ten steps, ragged micro-batches, noise on the inputs, and a stop by a
+real signal after step 17.
 
 tests/golden/log.json is the record; tests/golden/run is the folder of that run as the signal left it, so it is an old
 state.pt too. `python tests/tools/golden.py` compares to the last bit, which holds on one kind of processor.

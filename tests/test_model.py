@@ -132,11 +132,32 @@ def test_rope_tables_are_computed_on_the_cpu():
     assert cos.device.type == sin.device.type == "cpu" and torch.equal(cos, tiny().rotary.cos)
 
 
+@pytest.mark.parametrize("H, K", [(6, 2), (4, 4), (5, 1)])
+@pytest.mark.parametrize("T, start", [(1, 0), (12, 0), (1, 9), (7, 5)])
+def test_attention_is_its_formula(H, K, T, start):
+    """Values and gradients of PyTorch's kernels against the formula, written out."""
+    q, k, v = torch.randn(2, H, T, 8), torch.randn(2, K, start + T, 8), torch.randn(2, K, start + T, 8)
+
+    def formula(q, k, v, start):
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
+        future = torch.ones(T, start + T, dtype=torch.bool).triu(start + 1)
+        return (q @ k.mT / 8**0.5).masked_fill(future, -torch.inf).softmax(-1) @ v
+
+    sides = []
+    for way in (formula, smol.attend):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = way(*leaves, start)
+        sides.append((y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), leaves)))
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*sides))
+    if T > 1:  # negative control: the same keys one position off
+        assert (smol.attend(q[:, :, 1:], k, v, start + 1) - sides[0][0][:, :, :-1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("T, start", [(20, 0), (7, 13), (1, 19)])
 def test_repeated_keys_are_shared_keys(T, start, monkeypatch):
     """Where the kernel takes no groups, keys and values are repeated; the result is that of the shared ones."""
     q, k, v = torch.randn(2, 6, T, 8), torch.randn(2, 2, start + T, 8), torch.randn(2, 2, start + T, 8)
-    shared, seen = smol.attend_fused(q, k, v, start), []
+    shared, seen = smol.attend(q, k, v, start), []
     real = smol.F.scaled_dot_product_attention
     monkeypatch.setattr(smol, "takes_groups", lambda q, mask: False)
     monkeypatch.setattr(
@@ -144,10 +165,10 @@ def test_repeated_keys_are_shared_keys(T, start, monkeypatch):
         "scaled_dot_product_attention",
         lambda q, k, v, *a, **b: seen.append(k.size(1)) or real(q, k, v, *a, **b),
     )
-    repeated = smol.attend_fused(q, k, v, start)
+    repeated = smol.attend(q, k, v, start)
     assert seen == [6] and (repeated - shared).abs().max() < 1e-6
     monkeypatch.setattr(smol, "takes_groups", lambda q, mask: True)
-    assert torch.equal(smol.attend_fused(q, k, v, start), shared) and seen == [6, 2]
+    assert torch.equal(smol.attend(q, k, v, start), shared) and seen == [6, 2]
 
 
 def test_keys_are_shared_only_where_flash_attention_runs(monkeypatch):
