@@ -83,7 +83,10 @@ class CrossEntropyInPieces(torch.autograd.Function):
                     logits[part] = exact.mul_(mask / z).scatter_add_(1, target, -mask.float())
             if want_grad:
                 grad_x[piece] = logits @ w
-                grad_weight += logits.T @ h[piece]
+                if dtype == torch.float32:
+                    torch.addmm(grad_weight, logits.T, h[piece], out=grad_weight)  # no second tensor of that size
+                else:
+                    grad_weight += logits.T @ h[piece]
         ctx.save_for_backward(grad_x, grad_weight, count)
         ctx.dtypes = x.dtype, weight.dtype
         return total / count
