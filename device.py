@@ -133,6 +133,9 @@ def pick_compile(choice: str, device: str, flops: float, peak: float) -> tuple[b
 def compile_for_training(model: SmolLM2):
     """torch.compile each block in place: no name changes, and all blocks share one compiled graph, so it takes some
     twenty seconds instead of a minute for thirty. The first call compiles, and fails if there is no compiler."""
+    import torch._inductor.config  # here, since it takes a second
+
+    torch._inductor.config.fallback_random = True  # dropout drops what it would drop without compiling
     for layer in model.layers:
         layer.compile(dynamic=False)
 

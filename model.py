@@ -270,10 +270,12 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.dropout = 0.0  # share of what each half adds that training sets to 0; train.py's --dropout
 
     def forward(self, x, cos, sin, cache=None, start: int = 0, walls=None):  # (B, T, C) -> (B, T, C)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, start, walls)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache, start, walls)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

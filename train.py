@@ -91,6 +91,7 @@ class Settings:
     lr_decay_iters: Whole = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first start
     decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: how much of the run decays
     token_noise: Share = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
+    dropout: Share = 0.0  # share of what attention and MLP add that is set to 0 in training: against memorizing, too
     weight_decay: NotNegative = 0.1  # on matrices only; norm weights are left alone
     beta1: Share = 0.9  # decay of AdamW's average of the gradient
     beta2: Share = 0.95  # decay of its average of the squared gradient: 0.999 is usual, less is steadier here
@@ -169,6 +170,8 @@ class Run:
         torch.manual_seed(s.seed)
         self.model, self.source_dir = make_model(s, self.meta, self.folder, state)
         self.model.to(device).train()
+        for layer in self.model.layers:
+            layer.dropout = s.dropout
 
         # the optimizer and the precision of matrix products; weights are float32
         betas = s.beta1, s.beta2
@@ -360,6 +363,8 @@ def micro_batches(run: Run, step: int) -> list[range]:
 def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
     """Loss and gradients of one micro-batch, weighted by its share of the step's tokens; the loss, detached."""
     rows = run.rows.batch(batch, run.device)
+    if run.s.dropout:  # what is dropped depends on the seed and the rows alone, so a resume drops the same
+        torch.manual_seed(run.s.seed + batch.start)
     # DDP averages gradients over the processes; before each forward it must know whether to wait for more
     with nullcontext() if run.world == 1 or last else run.trained.no_sync():
         with run.autocast():

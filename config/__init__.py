@@ -69,7 +69,6 @@ NANOGPT = dict(
     out_dir="model",
 )  # fmt: skip
 NOT_HERE = dict(
-    dropout="there is none; against memorizing a short text train.py has --token_noise and --weight_decay",
     bias="SmolLM2 has none", eval_only="python evaluate.py measures a model",
     always_save_checkpoint="state.pt is saved at every evaluation, the model when it is the best",
     wandb_log="log.jsonl in the run's folder has every figure, and app.py draws it", backend="chosen by the device",

@@ -6,7 +6,9 @@ the trap were there: padding by id, empty masks, learnt headers, off by one, mea
 
 import importlib.util
 import json
+import math
 import os
+import re
 import select
 import shutil
 import signal
@@ -888,6 +890,15 @@ def test_two_real_processes_train_alike(here, monkeypatch):
     for key in ("loss", "val_loss", "grad_norm"):
         one, two = log(key=key), log("out/two", key)
         assert one.keys() == two.keys() and all(abs(one[i] - two[i]) < 5e-5 for i in one), key
+
+
+@pytest.mark.slow
+def test_a_limit_in_epochs_counts_rows_of_conversations(here, monkeypatch, capsys):
+    """However many conversations there are, and whatever the step, the run goes so often through their rows."""
+    prepared(count=40)
+    go(monkeypatch, "--max_iters=1000", "--max_epochs=1.5", "--global_batch_size=2", "--micro_batch_size=2")
+    rows = int(re.search(r"conversations in (\d+) rows", capsys.readouterr().out)[1])
+    assert max(log()) == math.ceil(1.5 * rows / 2) > 2
 
 
 def test_token_noise_is_not_left_out_without_a_word(here, monkeypatch, capsys):

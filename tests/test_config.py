@@ -54,9 +54,7 @@ def test_compile_is_said_as_in_nanogpt_too(said, meant, tmp_path):
         config.override(["--compile=yes"], train.Settings)
 
 
-@pytest.mark.parametrize(
-    "key, hint", [("dropout", "token_noise"), ("eval_only", "evaluate.py"), ("wandb_log", "log.jsonl")]
-)
+@pytest.mark.parametrize("key, hint", [("eval_only", "evaluate.py"), ("wandb_log", "log.jsonl")])
 def test_what_nanogpt_has_and_this_has_not(key, hint, capsys):
     """The flags of its recipes are answered with what does that job here."""
     with pytest.raises(SystemExit):

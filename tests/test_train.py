@@ -28,6 +28,7 @@ from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny_hf
 import checkpoint
 import dataloader
 import evaluate
+import model as smol
 import prepare
 import resume
 import sample
@@ -179,10 +180,12 @@ def test_the_rehearsal_leaves_no_trace(here, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++"))), reason="torch.compile needs a C++ compiler")
-def test_compiled_and_eager_train_alike_and_write_the_same_names(here, monkeypatch):
-    """Blocks compiled in place: no _orig_mod prefix anywhere, and the same losses within rounding."""
-    go(monkeypatch, "--max_iters=4")
-    go(monkeypatch, "--max_iters=4", "--compile=on", "--out_dir=out/c")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiled_and_eager_train_alike_and_write_the_same_names(here, monkeypatch, dropout):
+    """Blocks compiled in place: no _orig_mod prefix anywhere, and the same losses within rounding, and the same numbers
+    dropped."""
+    go(monkeypatch, "--max_iters=4", f"--dropout={dropout}")
+    go(monkeypatch, "--max_iters=4", f"--dropout={dropout}", "--compile=on", "--out_dir=out/c")
     assert state("out/c")["model"].keys() == state()["model"].keys()
     assert [state(run)["progress"]["compile"] for run in ("out/t", "out/c")] == [False, True]
     for step, loss in log().items():
@@ -260,7 +263,8 @@ def test_a_measured_dtype_is_measured_once(here, monkeypatch):
 @pytest.mark.parametrize("dtype, optimizer", [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])
 def test_stopped_and_resumed_is_the_same_run_to_the_last_bit(here, monkeypatch, dtype, optimizer, capsys):
     """Weights, optimizer, losses, learning rates: with three stops, at steps that are no evaluation, as with none."""
-    flags = [f"--dtype={dtype}", f"--optimizer={optimizer}"]
+    flags = [f"--dtype={dtype}", f"--optimizer={optimizer}", "--micro_batch_size=4"]
+    flags += ["--dropout=0.2"] if optimizer == "muon" else []
     go(monkeypatch, *flags)
     for step, number in ((2, signal.SIGINT), (7, signal.SIGTERM), (9, signal.SIGINT)):
         with monkeypatch.context() as patch:
@@ -304,6 +308,28 @@ def test_evaluating_and_sampling_leave_training_alone(here, monkeypatch):
 
 
 @pytest.mark.slow
+def test_dropout_acts_in_training_alone(here, monkeypatch):
+    """Each micro-batch drops its own numbers; evaluation and what is saved drop nothing."""
+    shares, real = [], torch.nn.functional.dropout
+
+    def noting(x, p, training):
+        y = real(x, p, training)
+        shares.append((training, float((y == 0).float().mean())))
+        return y
+
+    with monkeypatch.context() as patch:
+        patch.setattr(smol.F, "dropout", noting)
+        go(patch, "--dropout=0.25", "--max_iters=2", "--micro_batch_size=4")
+    dropped = [share for training, share in shares if training]
+    assert all(0.15 < share < 0.35 for share in dropped) and len(set(dropped)) > 8
+    assert {share for training, share in shares if not training} == {0.0}
+    model, _ = checkpoint.load("out/t")
+    assert model.train().layers[0].dropout == 0.0
+    go(monkeypatch, "--max_iters=2", "--micro_batch_size=4", "--out_dir=out/none")  # negative control
+    assert log("out/none")[2] != log()[2]
+
+
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_more_steps_can_be_added(here, monkeypatch, capsys):
     """As the seed did, N steps and then some more; the schedule keeps the end it was given."""
     go(monkeypatch)
@@ -329,6 +355,10 @@ def test_a_short_text_ends_the_run_early(here, monkeypatch, capsys):
     assert 8 < steps < 30 and state()["progress"]["step"] == steps and "max_epochs=1, instead of 1,000" in out
     assert max(rates, key=rates.get) <= steps // 4 + 1 and rates[steps] < rates[steps // 2] / 2
     assert len(log(key="val_loss")) >= 4 <= len(log(key="sample"))
+    done = torchrun(*recipe, "--out_dir=out/two")  # two processes end at the same step, with the same losses
+    assert done.returncode == 0 and f"in {steps} steps: max_epochs=1" in done.stdout, done.stderr[-2000:]
+    two = log("out/two")
+    assert two.keys() == log().keys() and all(abs(two[i] - loss) < 2e-5 for i, loss in log().items())
     go(monkeypatch, *recipe)
     said = re.search(r"More steps: python train.py (.*)", capsys.readouterr().out)[1]
     monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(said)])
@@ -415,6 +445,7 @@ def test_every_change_that_is_accepted_has_its_effect(here, monkeypatch, key):
     """The same run, stopped at step 4, with one setting changed on the way: it must show in the losses, the rates, the
     gradients or the weights, and from step 5 on. A setting that is accepted and does nothing is a lie."""
     flags = ["--max_iters=8", "--lr_schedule=wsd", "--decay_fraction=0.25", "--token_noise=0.2", "--eval_rows=9"]
+    flags += ["--dropout=0.2"]
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         go(patch, *flags)
@@ -495,11 +526,12 @@ def test_a_model_never_stands_without_its_state(here, monkeypatch):
 
 
 @pytest.mark.slow
-def test_wsd_can_be_prolonged_from_where_its_decay_began(here, monkeypatch, capsys):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_wsd_can_be_prolonged_from_where_its_decay_began(here, monkeypatch, capsys, optimizer):
     """Twelve steps of which six decay, then the same schedule stretched to twenty: the end is, to the last bit, that of
     a run which was given twenty from the start. The better model of the first run stays until it is surpassed, and the
     same command again goes on instead of going back."""
-    wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5", "--global_batch_size=4")
+    wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5", "--global_batch_size=4", f"--optimizer={optimizer}")
     go(monkeypatch, *wsd)
     assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 6
     kept = checkpoint.metadata("out/t")
