@@ -144,15 +144,9 @@ class Run:
         if self.chat:
             self.facts["conversations"] = "packed"  # before 26 November 2026 each had a row to itself
 
-        # where the data are short, fewer steps, a schedule and intervals that fit them
-        self.asked_iters, most = s.max_iters, s.max_epochs * self.rows.per_epoch / s.global_batch_size
-        self.shortened = 0 < most < s.max_iters
-        if self.shortened:
-            s.max_iters = max(1, math.ceil(most))
-            s.lr_decay_iters = min(s.lr_decay_iters, s.max_iters)
-            for key, parts in dict(warmup_iters=4, eval_interval=4, sample_interval=4, log_interval=10).items():
-                at_ends = key != "warmup_iters" and getattr(s, key) >= self.asked_iters  # asked for at both ends alone
-                setattr(s, key, s.max_iters if at_ends else min(getattr(s, key), max(1, s.max_iters // parts)))
+        self.asked_iters = s.max_iters
+        shorten(s, most=s.max_epochs * self.rows.per_epoch / s.global_batch_size)
+        self.shortened = s.max_iters < self.asked_iters
 
         # the state to resume from, if there is one
         self.state_file, state = self.out_dir / "state.pt", None
@@ -518,6 +512,18 @@ def print_sample(run: Run):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # before the loop
+
+
+def shorten(s: Settings, most: float):
+    """Where the data are short: fewer steps, and a schedule and intervals that fit them. most: steps; 0, no limit."""
+    asked = s.max_iters
+    if not 0 < most < asked:
+        return
+    s.max_iters = max(1, math.ceil(most))
+    s.lr_decay_iters = min(s.lr_decay_iters, s.max_iters)
+    for key, parts in dict(warmup_iters=4, eval_interval=4, sample_interval=4, log_interval=10).items():
+        at_ends = key != "warmup_iters" and getattr(s, key) >= asked  # asked for at both ends alone
+        setattr(s, key, s.max_iters if at_ends else min(getattr(s, key), max(1, s.max_iters // parts)))
 
 
 def make_model(s: Settings, meta: dict, folder: Path, state: dict | None) -> tuple[SmolLM2, Path | None]:
