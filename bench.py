@@ -575,9 +575,9 @@ def report(s, device, only, vs, folder, temporary, weights, started):
     """Run each work and print its card; then the limits, the machine, and everything as one JSON object."""
     results, limits, (dtype, reason) = {}, {}, pick_autocast("auto", device)
     print(f"training in {str(dtype)[6:]}: {reason}", file=sys.stderr)
+    program = "llamacpp" in vs and (s.llama_bench or shutil.which("llama-bench")) or ""
     for work in only:
         print(f"{work}:", end="", flush=True, file=sys.stderr)
-        program = s.llama_bench or shutil.which("llama-bench") or ""
         contenders = contenders_for(work, vs, device, str(folder), str(temporary), dtype, program)
         if work not in ("encode", "startup", "busy"):
             contenders["machine"] = (machine, device)
@@ -590,13 +590,14 @@ def report(s, device, only, vs, folder, temporary, weights, started):
         add_limit(work, r, limits, weights)
         if r["limit_fraction"]:
             print(f"{work}: {r['limit_fraction']:.0%} of the {r['limit']:,.0f} {r['unit']} that the hardware allows")
-    info = machine_info(device, limits, vs) | {"seconds": round(time.time() - started)}
+    info = machine_info(device, limits, vs) | {"llama_bench": program, "seconds": round(time.time() - started)}
     print(
         f"machine: {info['device']}, {info['threads']} threads, bf16 product {info['gflops'].get('bfloat16', 0):,.0f} "
         f"GFLOP/s, fp32 {info['gflops'].get('float32', 0):,.0f}, memory {info['memory_gb_s']:.1f} GB/s, "
         + ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)
         + f", {info['date']}, {info['seconds']} s in all"
         + (f"; llama.cpp compiled for {info['llamacpp']}" if info["llamacpp"] else "")
+        + (f"; llama_bench is {program}" if program else "")
     )
     print(json.dumps({"machine": info} | results))
 

@@ -1,7 +1,7 @@
 """
 Train SmolLM2 from scratch, or from released weights, on what prepare.py made. Stop it any time; it goes on from there.
 
-    python train.py config/tiny_shakespeare.py                  # a small model, under six minutes on two CPU cores
+    python train.py config/tiny_shakespeare.py                  # a small model, two minutes on two CPU cores
     python train.py config/smol_shakespeare.py                  # the full 135M shape, about 27 minutes
     python train.py config/smol_shakespeare.py                  # the same again: it goes on where it stopped
     python train.py config/finetune_smollm2.py                  # from the released weights
@@ -11,8 +11,8 @@ out/RUN/ is at every moment a Hugging Face model directory with the best model s
 it lie state.pt, everything a resume needs, and log.jsonl. The data are prepared first if they are not there.
 
 A step is `global_batch_size` rows of `block_size` tokens, however many processes and micro-batches share the work: the
-rows are a function of seed and step alone, so splitting them otherwise changes nothing but rounding, and stopping and
-going on changes nothing at all.
+rows are a function of seed and step alone, so splitting them otherwise changes nothing but rounding (and what dropout
+drops), and stopping and going on changes nothing at all.
 """
 
 import math
@@ -96,7 +96,7 @@ class Settings:
     beta1: Share = 0.9  # decay of AdamW's average of the gradient
     beta2: Share = 0.95  # decay of its average of the squared gradient: 0.999 is usual, less is steadier here
     grad_clip: NotNegative = 1.0  # largest gradient norm; 0 leaves it as it is
-    seed: Seed = 1337  # of the first weights and the order of the rows
+    seed: Seed = 1337  # of the first weights, the order of the rows, noise and dropout
     # the machine
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the products; weights are float32 always
@@ -357,8 +357,7 @@ def micro_batches(run: Run, step: int) -> list[range]:
 def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
     """Loss and gradients of one micro-batch, weighted by its share of the step's tokens; the loss, detached."""
     rows = run.rows.batch(batch, run.device)
-    if run.s.dropout:  # what is dropped depends on the seed and the rows alone, so a resume drops the same
-        torch.manual_seed(run.s.seed + batch.start)
+    seed_dropout(run, batch.start)
     # DDP averages gradients over the processes; before each forward it must know whether to wait for more
     with nullcontext() if run.world == 1 or last else run.trained.no_sync():
         with run.autocast():
@@ -368,6 +367,12 @@ def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
         loss = loss * (run.rows.weight(batch) / (whole / run.world))
         run.scaler.scale(loss).backward()
     return loss.detach()
+
+
+def seed_dropout(run: Run, row: int):
+    """What a forward pass drops is a function of the seed and its first row, so that a resume drops the same."""
+    if run.s.dropout:
+        torch.manual_seed(run.s.seed + row)
 
 
 def agree(run: Run, loss: torch.Tensor) -> tuple[float, bool]:
@@ -517,9 +522,9 @@ def print_sample(run: Run):
 def shorten(s: Settings, most: float):
     """Where the data are short: fewer steps, and a schedule and intervals that fit them. most: steps; 0, no limit."""
     asked = s.max_iters
-    if not 0 < most < asked:
+    if not 0 < most <= asked - 1:  # rounded up, it would be no fewer
         return
-    s.max_iters = max(1, math.ceil(most))
+    s.max_iters = math.ceil(most)
     s.lr_decay_iters = min(s.lr_decay_iters, s.max_iters)
     for key, parts in dict(warmup_iters=4, eval_interval=4, sample_interval=4, log_interval=10).items():
         at_ends = key != "warmup_iters" and getattr(s, key) >= asked  # asked for at both ends alone
@@ -580,12 +585,18 @@ def announce(run: Run):
     limit = f": max_epochs={s.max_epochs:g}, instead of {run.asked_iters:,}" if run.shortened else ""
     epochs = s.max_iters / steps_per_epoch
     say(f"epochs   {steps_per_epoch:.1f} steps each, {epochs:.1f} in {s.max_iters:,} steps{limit}")
-    # config/smol_shakespeare.py has 364 on Tiny Shakespeare, and is best after two epochs; the tiny recipe has 8
-    if p.step == 0 and run.origin in ("auto", "scratch") and n["total"] > 100 * meta["train_tokens"] and epochs > 1:
+    # config/smol_shakespeare.py has 364 on Tiny Shakespeare, and is best after two epochs; the tiny recipe has 2
+    scratch, per_token = p.step == 0 and run.origin in ("auto", "scratch"), n["total"] / meta["train_tokens"]
+    if scratch and per_token > 100 and epochs > 1:
         advice = "config/tiny_shakespeare.py suits a short text" if n["total"] > 10**7 else "more text would help most"
         say(
-            f"!! {n['total'] / meta['train_tokens']:,.0f} parameters for each token of the text: the model will soon "
-            f"know it by heart. What is kept is the best model on the way, which comes early; {advice}."
+            f"!! {per_token:,.0f} parameters for each token of the text: the model will soon know it by heart. What is "
+            f"kept is the best model on the way, which comes early; {advice}."
+        )
+    elif scratch and not run.chat and not s.dropout and per_token > 10 and epochs > 4:
+        say(
+            "!! a text this short is soon known by heart. More is learnt of it with "
+            "--dropout=0.1 --token_noise=0.1 --weight_decay=1.5 --max_epochs=15: config/tiny_play.py has these."
         )
     say(f"device   {run.device}, {torch.get_num_threads()} threads; {str(run.dtype)[6:]}: {run.dtype_reason}")
     say(f"compile  {'on' if run.compiled else 'off'}: {run.compile_reason}")
@@ -796,6 +807,7 @@ def check_sound(run: Run):
     first = run.p.step * run.s.global_batch_size  # the same rows in every process, so that all decide alike
     sound = all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
     for rows in (lambda: run.rows.batch(range(first, first + run.micro), run.device), lambda: validation_batch(run)):
+        seed_dropout(run, first)
         with run.autocast():
             _, loss = run.model(*rows(), loss_only=True)
         numbers = (loss, *torch.autograd.grad(loss, list(run.model.parameters())))

@@ -1,0 +1,17 @@
+# Half a million parameters, in ten seconds on two slow CPU cores. It goes on top of config/tiny_shakespeare.py.
+#   python train.py config/tiny_shakespeare.py config/ten_seconds.py
+out_dir = "out/ten_seconds"
+
+hidden_size = 128
+intermediate_size = 352  # 8/3 of 128, rounded to 32
+num_attention_heads = 2
+
+block_size = 128
+global_batch_size = 4  # 512 tokens a step: at first, more steps teach more than surer ones
+micro_batch_size = 4
+max_iters = 260  # a third of the text, once, so nothing is memorized
+learning_rate = 12e-3
+weight_decay = 0.1
+
+eval_interval = 260
+sample_interval = 260
