@@ -595,9 +595,8 @@ def announce(run: Run):
         )
     elif scratch and not run.chat and not s.dropout and per_token > 10 and epochs > 4:
         say(
-            "!! a text this short is soon known by heart. More is learnt of it with "
-            "--dropout=0.1 --token_noise=0.1 --weight_decay=1.5 --max_epochs=15, as config/tiny_play.py does, or with a "
-            "smaller model: config/ten_seconds.py."
+            "!! a text this short is soon known by heart. More is learnt of it with a smaller model, as "
+            "config/ten_seconds.py has, or with --dropout=0.1 --token_noise=0.1 --weight_decay=1.5 --max_epochs=15."
         )
     say(f"device   {run.device}, {torch.get_num_threads()} threads; {str(run.dtype)[6:]}: {run.dtype_reason}")
     say(f"compile  {'on' if run.compiled else 'off'}: {run.compile_reason}")
