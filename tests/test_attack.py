@@ -1,5 +1,7 @@
 """A cross-section of the table in tests/tools/attack.py, and the judge itself: it must see each way to end badly."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,16 +55,25 @@ signals/train stepping SIGTERM
 @pytest.fixture(scope="module")
 def fallen() -> dict[str, str]:
     """Case -> what was wrong with it, for those of the cross-section that fell. One start of the tool runs them all."""
-    command = [sys.executable, str(ROOT / "tests/tools/attack.py"), "--only=" + ",".join(CROSS_SECTION)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert f"{len(CROSS_SECTION)} cases, " in done.stdout, done.stdout + done.stderr
-    lines = [line.removeprefix("FELL ") for line in done.stdout.splitlines() if line.startswith("FELL ")]
+    tool, only = str(ROOT / "tests/tools/attack.py"), "--only=" + ",".join(CROSS_SECTION)
+    done = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", tool, only], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        stdout, stderr = done.communicate(timeout=600)
+    except subprocess.TimeoutExpired:  # have all its processes say where they are
+        os.killpg(done.pid, signal.SIGABRT)
+        stdout, stderr = done.communicate()
+    assert f"{len(CROSS_SECTION)} cases, " in stdout, stdout + stderr
+    lines = [line.removeprefix("FELL ") for line in stdout.splitlines() if line.startswith("FELL ")]
     found = dict(line.split(": ", 1) for line in lines)
     assert done.returncode == (1 if found else 0)
     return found
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("attack")  # in one process, so that one start of the tool is enough
 @pytest.mark.parametrize("case", CROSS_SECTION)
 def test_case(fallen, case):
     assert not fallen.get(case)

@@ -39,6 +39,7 @@ import weakref
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -325,7 +326,7 @@ def make_folder(folder: Path):
     (folder / "t.txt").write_text(PLAY[:8000], encoding="utf-8")
     for command in (TINY + " --out_dir=out/t", FINE + " --init_from=out/t"):
         done = subprocess.run(
-            [sys.executable, *f"{ROOT}/{command}".split()], cwd=folder, capture_output=True, text=True
+            [sys.executable, *f"{ROOT}/{command}".split()], cwd=folder, capture_output=True, text=True, timeout=120
         )
         if done.returncode:
             raise UserError(f"the runs to attack could not be made: {done.stderr[-1000:]}")
@@ -1049,8 +1050,10 @@ def main():
         make_folder(place / "folder")
         preload(cases)
         fallen = dict.fromkeys((case.group for case in cases), 0)
-        with multiprocessing.get_context("fork").Pool(s.jobs, share, (cases, place / "folder", s.seconds)) as pool:
-            for i, wrong in pool.imap_unordered(one, range(len(cases))):
+        fork, shared = multiprocessing.get_context("fork"), (cases, place / "folder", s.seconds)
+        with ProcessPoolExecutor(s.jobs, fork, initializer=share, initargs=shared) as pool:
+            for done in as_completed([pool.submit(one, i) for i in range(len(cases))]):
+                i, wrong = done.result()
                 if wrong:
                     fallen[cases[i].group] += 1
                     print(f"FELL {cases[i]}: {wrong}", flush=True)
