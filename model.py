@@ -237,11 +237,12 @@ class KVCache:
 
 
 def update_cache(cache, k, v, start: int):
-    """Write k, v (B, K, T, D) into a layer's pair of buffers at `start`; return all up to there: (B, K, S, D) each."""
+    """Write k, v (B, K, T, D) into a layer's pair of buffers at `start`; return all up to there: (B, K, S, D) each, in
+    the dtype of k."""
     end = start + k.size(2)
     for buffer, new in zip(cache, (k, v)):
         buffer[:, :, start:end] = new
-    return cache[0][:, :, :end], cache[1][:, :, :end]
+    return tuple(buffer[:, :, :end].to(k.dtype) for buffer in cache)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,9 +354,12 @@ class SmolLM2(nn.Module):
         if documents is not None:
             assert cache is None, "documents are for rows that are whole"
             walls = self.walls(documents, x)
-        for i, layer in enumerate(self.layers):
+        layers = self.layers
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and ops.worth_widening(x):
+            x, layers = x.float(), self.widened_layers()
+        for i, layer in enumerate(layers):
             x = layer(x, cos, sin, cache.layers[i] if cache is not None else None, start, walls)
-        x = self.norm(x)
+        x = self.norm(x.to(self.dtype))
         if loss_only:
             assert targets is not None, "loss_only needs targets"
             if documents is not None:  # conversations, half of whose tokens are not learnt and need no logits
@@ -375,6 +379,19 @@ class SmolLM2(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         seen = (documents[:, :, None] == documents[:, None, :]).tril()
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
+
+    def widened_layers(self):
+        """The layers one by one, in fp32: a single block, which takes the weights of each in its turn and so stays in the
+        processor's cache. For bfloat16 and int8 weights."""
+        with NoDefaultInit():
+            wide = Block(self.config)
+        for layer in self.layers:
+            for ours, theirs in zip(wide.modules(), layer.modules()):
+                if hasattr(ours, "weight"):
+                    ours.weight.copy_(theirs.weight)
+                if hasattr(theirs, "scale"):  # int8
+                    ours.weight.mul_(theirs.scale[:, None])
+            yield wide
 
     def head(self, x):  # (B, T, C) -> (B, T, V): a matrix of its own, or the embedding once more
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)

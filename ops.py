@@ -1,15 +1,20 @@
 """
 The same mathematics in fewer bytes. Each function has a plain twin, named beside it; tests hold the two together.
 
-A training step or a long prompt spends its time in matrix products and in moving what is around them. These two keep
-large intermediate tensors out of memory: the halves of SwiGLU, and the logits of the loss.
+A training step or a long prompt spends its time in matrix products and in moving what is around them. Two keep large
+intermediate tensors out of memory: the halves of SwiGLU, and the logits of the loss. One says when bfloat16 weights are
+better multiplied in fp32.
 
 Shapes: B batch, T time, C hidden, V vocabulary, N = B * T.
 """
 
+import time
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
+WIDEN_FROM = 64  # tokens at which a bfloat16 model goes through fp32 in less time, where that is the faster
 LOSS_ROWS = 512  # tokens whose logits are held at once
 SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CPU: 6 MB at a vocabulary of 49,152
 
@@ -26,6 +31,32 @@ def swiglu(gate, up):
     if torch.is_grad_enabled():
         return F.silu(gate) * up
     return F.silu(gate, inplace=True).mul_(up)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# products of bfloat16 on a CPU
+
+
+def worth_widening(x) -> bool:
+    """Whether to run the layers on x (B, T, C) in fp32 on a CPU, though the weights are bfloat16 or int8: where its
+    products of fp32 are the faster ones, there are enough tokens to pay for the widening, and no gradients."""
+    return not torch.is_grad_enabled() and x.size(0) * x.size(1) >= WIDEN_FROM and float32_is_faster()
+
+
+@cache
+def float32_is_faster() -> bool:
+    """Whether products of fp32 take less time than those of bfloat16 here. Some processors do bfloat16 at twice the
+    speed, some at half: an Intel Xeon with AVX512-BF16 and without AMX. 30 ms, once a process."""
+    took = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - started)
+        took[dtype] = min(times)
+    return took[torch.float32] < took[torch.bfloat16]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def next_token(
 # generating
 
 MOST_PROMPT = 10_000_000  # characters
-PREFILL_CHUNK = 512  # prompt tokens per forward pass: more rows do not make the products faster, only the scores bigger
+PREFILL_CHUNK = 2048  # prompt tokens per forward pass: it holds 25 MB of the MLP's features at a width of 576
 
 
 @torch.inference_mode()

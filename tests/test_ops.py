@@ -7,6 +7,8 @@ from conftest import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import ops
+from model import KVCache
+from quantize import quantize
 
 
 @pytest.mark.parametrize("rows", [1, 7, 512])
@@ -44,6 +46,35 @@ def test_the_loss_in_pieces_under_autocast_is_a_fp32_loss():
     assert pieces.dtype == plain.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert 0 < abs(float(pieces - exact)) < 1e-2 and abs(float(pieces - plain)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_a_long_prompt_may_go_through_fp32(kind, monkeypatch):
+    """Where fp32 products are the faster ones, a bfloat16 or int8 model computes what its weights stand for in fp32, up to
+    the last norm: nearer to the exact logits than in bfloat16, in chunks with a cache too."""
+    model, exact = tiny(max_position_embeddings=128), tiny(max_position_embeddings=128)
+    model.to(torch.bfloat16) if kind == "bfloat16" else quantize(model)
+    for ours, theirs in zip(exact.modules(), model.modules()):
+        if hasattr(ours, "weight"):
+            ours.weight.data = theirs.weight.float()
+        if hasattr(theirs, "scale"):
+            ours.weight.data *= theirs.scale.float()[:, None]
+    ids = torch.randint(0, 512, (1, 128))
+
+    def error(faster: bool, least: int = 64):
+        monkeypatch.setattr(ops, "float32_is_faster", lambda: faster)
+        monkeypatch.setattr(ops, "WIDEN_FROM", least)
+        cache = KVCache(model.config, 1, dtype=torch.bfloat16)
+        parts = [model(ids[:, a : a + 64], cache=cache, start=a)[0] for a in (0, 64)]
+        found = [model(ids)[0], torch.cat(parts, dim=1)]
+        assert all(f.dtype == torch.bfloat16 for f in found)
+        return [float((f.float() - exact(ids)[0]).square().mean().sqrt()) for f in found]
+
+    with torch.no_grad():
+        wide, narrow = error(True), error(False)
+        assert max(wide) < 0.7 * min(narrow)
+        assert error(True, least=129)[0] == narrow[0]  # too short to pay
+    assert not ops.worth_widening(torch.empty(1, 128, 1)), "training computes in what autocast says"
 
 
 def test_swiglu_is_silu_of_the_gate_times_up():
