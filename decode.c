@@ -1,12 +1,12 @@
 /*
-One token through SmolLM2 on a CPU: model.py's forward pass for one row, written for the memory it has to read.
+One token of a text, or of several, through SmolLM2 on a CPU: model.py's forward pass, written for the memory it reads.
 
 decode.py compiles this file when it is first needed, in half a second, and calls step(). What one token costs is a
 walk over all weights, once, with two operations for each: the processor waits for memory. PyTorch adds to that some
 700 calls with a few microseconds each and products that were made for many rows; here there is one call, and each
 thread reads its share of every matrix from front to back. Activations are fp32, and int8 where they meet int8 weights.
 
-Shapes: C hidden, I intermediate, H query heads, K key/value heads, G = H / K, D head dim, V vocabulary.
+Shapes: B texts, C hidden, I intermediate, H query heads, K key/value heads, G = H / K, D head dim, V vocabulary.
 */
 
 #include <math.h>
@@ -24,6 +24,7 @@ Shapes: C hidden, I intermediate, H query heads, K key/value heads, G = H / K, D
 
 /* Every caller passes the kind as a constant, so that each inlined copy holds the code of one kind only. */
 enum { F32, BF16, INT8 };
+#define ALIGNED __attribute__((aligned(64)))
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
@@ -35,16 +36,16 @@ typedef struct {
 typedef struct {
     const float *input_layernorm, *post_attention_layernorm;
     Matrix q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
-    void *keys, *values; /* (K, capacity, D): the cache of this layer */
+    void *keys, *values; /* (B, K, capacity, D): the cache of this layer */
 } Layer;
 
 typedef struct {
-    int C, I, L, H, K, D, V, capacity, cache_kind, threads;
+    int B, C, I, L, H, K, D, V, capacity, cache_kind, threads;
     float eps;
     const float *norm, *cos, *sin; /* (C), and (D) each for this position */
     Matrix embed_tokens, head;
     Layer *layers;
-    float *x, *q, *hidden, *parts; /* what the threads share: C, H D, I and (capacity / BLOCK, rounded up) H (D + 2) */
+    float *x, *q, *hidden, *parts; /* what the threads share, each B times: C, H D, I, and for every BLOCK H (D + 2) */
 } Model;
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -60,13 +61,10 @@ INLINE float load(int kind, const void *data, long i) {
 }
 
 INLINE void store(int kind, void *data, long i, float value) { /* into the cache, which is fp32 or bf16 */
-    if (kind == F32) {
-        ((float *)data)[i] = value;
-        return;
-    }
     uint32_t word;
     memcpy(&word, &value, 4);
-    ((uint16_t *)data)[i] = (word + 0x7fff + (word >> 16 & 1)) >> 16; /* to the nearest, ties to even */
+    if (kind == F32) ((float *)data)[i] = value;
+    else ((uint16_t *)data)[i] = (word + 0x7fff + (word >> 16 & 1)) >> 16; /* to the nearest, ties to even */
 }
 
 INLINE float dot(int kind, const void *data, long start, const float *x, int n) {
@@ -74,6 +72,23 @@ INLINE float dot(int kind, const void *data, long start, const float *x, int n) 
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) sum += load(kind, data, start + i) * x[i];
     return sum;
+}
+
+/* y[0], y[stride], ... = the products of one row of n weights with B vectors, which lie one after the other in x. Eight
+   at a time read and widen each weight once. */
+INLINE void dots(int kind, const void *row, int B, const float *x, int n, float *y, long stride) {
+    for (; B >= 8; B -= 8, x += 8 * n, y += 8 * stride) {
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, s4, s5, s6, s7)
+        for (int i = 0; i < n; i++) {
+            float w = load(kind, row, i);
+            s0 += w * x[i], s1 += w * x[n + i], s2 += w * x[2 * n + i], s3 += w * x[3 * n + i];
+            s4 += w * x[4 * n + i], s5 += w * x[5 * n + i], s6 += w * x[6 * n + i], s7 += w * x[7 * n + i];
+        }
+        y[0] = s0, y[stride] = s1, y[2 * stride] = s2, y[3 * stride] = s3;
+        y[4 * stride] = s4, y[5 * stride] = s5, y[6 * stride] = s6, y[7 * stride] = s7;
+    }
+    for (; B > 0; B--, x += n, y += stride) *y = dot(kind, row, 0, x, n);
 }
 
 /* int8 weights meet activations that are int8 too, with a scale for every BYTES_BLOCK of them: four products of bytes and
@@ -148,26 +163,27 @@ INLINE const void *fetch_row(const Matrix *m, int r, int size) { /* row r, of nu
     return row;
 }
 
-INLINE void multiply_in(int kind, const Matrix *m, const float *x, float *y, int from, int to) {
-    for (int r = from; r < to; r++) y[r] = dot(kind, fetch_row(m, r, kind == F32 ? 4 : 2), 0, x, m->columns);
-}
 
-static void multiply(const Matrix *m, const float *x, float *y, int from, int to) { /* rows from .. to - 1 of y = m x */
-    int n = m->columns;
-    if (m->kind == F32) multiply_in(F32, m, x, y, from, to);
-    if (m->kind == BF16) multiply_in(BF16, m, x, y, from, to);
-    if (m->kind == INT8) {
-        int8_t bytes[n] __attribute__((aligned(64))); /* n is a multiple of 4 */
-        float scale[n / 4] __attribute__((aligned(64)));
-        to_bytes(x, n, bytes, scale);
-        for (int r = from; r < to; r++)
-            y[r] = dot_bytes(fetch_row(m, r, 1), bytes, scale, n) * m->scale[r];
+/* rows from .. to - 1 of y = m x, for B vectors x of m->columns numbers and y of m->rows */
+static void multiply(const Matrix *m, int B, const float *x, float *y, int from, int to) {
+    int n = m->columns, copied = m->kind == INT8 ? B * n : 4; /* n is a multiple of 4 */
+    int8_t bytes[copied] ALIGNED;
+    float scale[copied / 4] ALIGNED;
+    for (int b = 0; b < B && m->kind == INT8; b++) to_bytes(x + b * n, n, bytes + b * n, scale + b * n / 4);
+    for (int r = from; r < to && m->kind == F32; r++) dots(F32, fetch_row(m, r, 4), B, x, n, y + r, m->rows);
+    for (int r = from; r < to && m->kind == BF16; r++) dots(BF16, fetch_row(m, r, 2), B, x, n, y + r, m->rows);
+    for (int r = from; r < to && m->kind == INT8; r++) {
+        const int8_t *row = fetch_row(m, r, 1);
+        for (int b = 0; b < B; b++)
+            y[(long)b * m->rows + r] = dot_bytes(row, bytes + b * n, scale + b * n / 4, n) * m->scale[r];
     }
 }
 
-static void rms_norm(const float *x, const float *weight, float eps, int n, float *y) {
-    float scale = 1.0f / sqrtf(dot(F32, x, 0, x, n) / n + eps);
-    for (int i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+static void rms_norm(const float *x, int B, const float *weight, float eps, int n, float *y) {
+    for (int b = 0; b < B; b++, x += n, y += n) {
+        float scale = 1.0f / sqrtf(dot(F32, x, 0, x, n) / n + eps);
+        for (int i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+    }
 }
 
 static void rotate(float *x, const float *cos, const float *sin, int D) { /* RoPE: dimension i pairs with i + D/2 */
@@ -191,17 +207,22 @@ INLINE float exp_below_0(float x) {
     return e * scale;
 }
 
+INLINE float silu(float x) {
+    float e = exp_below_0(-fabsf(x));
+    return x * (x < 0 ? e : 1) / (1 + e);
+}
+
 /* BLOCK, of positions, is the same whatever the number of threads, so that this changes no sum; decode.py defines it */
 
-INLINE void attend_in(int kind, int D, const Model *m, const Layer *layer, int group, int block, int position) {
-    /* One key/value head with its G query heads over one block of positions, so that each key and value is read once.
+INLINE void attend_in(int kind, int D, const Model *m, const Layer *layer, int b, int group, int block, int position) {
+    /* One key/value head of text b with its G query heads over one block of positions, so that each is read once.
        Each query head leaves a part: the values weighted by e^(score - highest), the highest score, and the sum of the
        weights, which merge() puts together. That is FlashAttention's softmax (https://arxiv.org/abs/2205.14135). */
-    int G = m->H / m->K, first = block * BLOCK;
+    int G = m->H / m->K, first = block * BLOCK, blocks = position / BLOCK + 1;
     int n = position + 1 - first < BLOCK ? position + 1 - first : BLOCK;
-    long row = ((long)group * m->capacity + first) * D;
-    const float *q = m->q + group * G * D;
-    float *parts = m->parts + ((long)block * m->H + group * G) * (D + 2), scale = 1.0f / sqrtf(D);
+    long row = ((long)(b * m->K + group) * m->capacity + first) * D;
+    const float *q = m->q + (b * m->H + group * G) * D;
+    float *parts = m->parts + ((long)(b * blocks + block) * m->H + group * G) * (D + 2), scale = 1.0f / sqrtf(D);
     float weights[G][BLOCK];
     for (int t = 0; t < n; t++)
         for (int g = 0; g < G; g++) weights[g][t] = dot(kind, layer->keys, row + (long)t * D, q + g * D, D) * scale;
@@ -221,22 +242,22 @@ INLINE void attend_in(int kind, int D, const Model *m, const Layer *layer, int g
         }
 }
 
-static void attend(const Model *m, const Layer *layer, int group, int block, int position) {
-    if (m->cache_kind == F32) attend_in(F32, m->D, m, layer, group, block, position);
-    if (m->cache_kind == BF16 && m->D == 64) attend_in(BF16, 64, m, layer, group, block, position);
-    if (m->cache_kind == BF16 && m->D != 64) attend_in(BF16, m->D, m, layer, group, block, position);
+static void attend(const Model *m, const Layer *layer, int b, int group, int block, int position) {
+    if (m->cache_kind == F32) attend_in(F32, m->D, m, layer, b, group, block, position);
+    if (m->cache_kind == BF16 && m->D == 64) attend_in(BF16, 64, m, layer, b, group, block, position);
+    if (m->cache_kind == BF16 && m->D != 64) attend_in(BF16, m->D, m, layer, b, group, block, position);
 }
 
-static void merge(const Model *m, int blocks, float *attended) { /* the parts of all blocks, to (H D) */
+static void merge(const Model *m, int b, int blocks, float *attended) { /* the parts of a text's blocks, to (H D) */
     int H = m->H, D = m->D;
     for (int head = 0; head < H; head++, attended += D) {
-        const float *parts = m->parts + head * (D + 2);
         long next = (long)H * (D + 2);
+        const float *parts = m->parts + b * blocks * next + head * (D + 2);
         float highest = -INFINITY, sum = 0;
-        for (int b = 0; b < blocks; b++) highest = fmaxf(highest, parts[b * next + D]);
+        for (int k = 0; k < blocks; k++) highest = fmaxf(highest, parts[k * next + D]);
         memset(attended, 0, sizeof(float) * D);
-        for (int b = 0; b < blocks; b++) {
-            const float *part = parts + b * next;
+        for (int k = 0; k < blocks; k++) {
+            const float *part = parts + k * next;
             float shrink = expf(part[D] - highest);
             sum += shrink * part[D + 1];
             for (int i = 0; i < D; i++) attended[i] += shrink * part[i];
@@ -245,98 +266,83 @@ static void merge(const Model *m, int blocks, float *attended) { /* the parts of
     }
 }
 
-static void project_query(const Model *m, const Layer *layer, const float *x, int head) {
-    int D = m->D;
-    multiply(&layer->q_proj, x, m->q, head * D, (head + 1) * D);
-    rotate(m->q + head * D, m->cos, m->sin, D);
-}
-
-static void to_cache(const Model *m, void *buffer, int head, int position, const float *y) {
-    long row = ((long)head * m->capacity + position) * m->D;
-    for (int i = 0; i < m->D; i++) store(m->cache_kind, buffer, row + i, y[i]);
-}
-
-static void project_key(const Model *m, const Layer *layer, const float *x, int head, int position) {
-    int D = m->D;
-    float y[m->K * D]; /* multiply() fills the rows of this head */
-    multiply(&layer->k_proj, x, y, head * D, (head + 1) * D);
-    rotate(y + head * D, m->cos, m->sin, D);
-    to_cache(m, layer->keys, head, position, y + head * D);
-}
-
-static void project_value(const Model *m, const Layer *layer, const float *x, int head, int position) {
-    int D = m->D;
-    float y[m->K * D];
-    multiply(&layer->v_proj, x, y, head * D, (head + 1) * D);
-    to_cache(m, layer->values, head, position, y + head * D);
+static void project(const Model *m, const Layer *layer, const float *x, int head, int position) {
+    /* One head of the queries, keys or values, counted in this order: queries and keys are rotated, keys and values go
+       to the cache. multiply() fills the rows of this head. */
+    int D = m->D, H = m->H, K = m->K, query = head < H, key = !query && head < H + K;
+    float own[m->B * K * D], *y = query ? m->q : own;
+    int i = query ? head : (head - H) % K;
+    multiply(query ? &layer->q_proj : key ? &layer->k_proj : &layer->v_proj, m->B, x, y, i * D, (i + 1) * D);
+    for (int b = 0; b < m->B; b++) {
+        float *one = y + (b * (query ? H : K) + i) * D;
+        long row = ((long)(b * K + i) * m->capacity + position) * D;
+        if (query || key) rotate(one, m->cos, m->sin, D);
+        for (int j = 0; j < D && !query; j++) store(m->cache_kind, key ? layer->keys : layer->values, row + j, one[j]);
+    }
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
    the whole: each thread does its share of the rows, and waits for the others where the next part needs all of them */
 
-#define SHARE(n, i) for (int i = (long)(n) * thread / threads, i##_end = (long)(n) * (thread + 1) / threads; i < i##_end; i++)
+#define FROM_TO(n) (long)(n) * thread / threads, (long)(n) * (thread + 1) / threads /* this thread's share of n rows */
+#define SHARE(n, i) for (long i = (long)(n) * thread / threads; i < (long)(n) * (thread + 1) / threads; i++)
 
-void step(const Model *m, int token, int position, float *logits) {
-    int C = m->C, I = m->I, H = m->H, K = m->K, blocks = position / BLOCK + 1;
+void step(const Model *m, const int *tokens, int position, float *logits) { /* B tokens; logits (B, V) */
+    int B = m->B, C = m->C, I = m->I, H = m->H, K = m->K, blocks = position / BLOCK + 1;
     float *x = m->x; /* the residual stream */
 
-    /* the token's row of the embedding */
-    for (int i = 0; i < C; i++) {
-        const Matrix *e = &m->embed_tokens;
-        x[i] = load(e->kind, e->data, (long)token * C + i) * (e->kind == INT8 ? e->scale[token] : 1.0f);
-    }
+    /* each token's row of the embedding */
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < C; i++) {
+            const Matrix *e = &m->embed_tokens;
+            x[b * C + i] = load(e->kind, e->data, (long)tokens[b] * C + i) * (e->kind == INT8 ? e->scale[tokens[b]] : 1);
+        }
 #pragma omp parallel num_threads(m->threads)
     {
         int thread = 0, threads = 1;
 #ifdef _OPENMP
         thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-        float normed[C], y[C > I ? C : I], attended[H * m->D]; /* each thread computes its own, and waits for nobody */
-        int c0 = (long)C * thread / threads, c1 = (long)C * (thread + 1) / threads; /* this thread's rows of C, I, V */
-        int i0 = (long)I * thread / threads, i1 = (long)I * (thread + 1) / threads;
-        int v0 = (long)m->V * thread / threads, v1 = (long)m->V * (thread + 1) / threads;
+        /* each thread computes its own, and waits for nobody; aligned, since a vector across two cache lines costs double */
+        float normed[B * C] ALIGNED, attended[B * H * m->D] ALIGNED, y[B * (C > I ? C : I)] ALIGNED;
 
         for (int l = 0; l < m->L; l++) {
             const Layer *layer = m->layers + l;
 
             /* the norm before attention */
-            rms_norm(x, layer->input_layernorm, m->eps, C, normed);
+            rms_norm(x, B, layer->input_layernorm, m->eps, C, normed);
 
             /* query, key and value of this position, head by head, rotated; key and value go to the cache */
-            SHARE(H + 2 * K, head) {
-                if (head < H) project_query(m, layer, normed, head);
-                else if (head < H + K) project_key(m, layer, normed, head - H, position);
-                else project_value(m, layer, normed, head - H - K, position);
-            }
+            SHARE(H + 2 * K, head) project(m, layer, normed, head, position);
 #pragma omp barrier
 
             /* attention over all positions up to this one, a block of them at a time */
-            SHARE(K * blocks, i) attend(m, layer, i % K, i / K, position);
+            SHARE(B * blocks * K, i) attend(m, layer, i / K / blocks, i % K, i / K % blocks, position);
 #pragma omp barrier
 
             /* the output projection, added to the residual stream */
-            merge(m, blocks, attended);
-            multiply(&layer->o_proj, attended, y, c0, c1);
-            for (int i = c0; i < c1; i++) x[i] += y[i];
+            for (int b = 0; b < B; b++) merge(m, b, blocks, attended + b * H * m->D);
+            multiply(&layer->o_proj, B, attended, y, FROM_TO(C));
+            for (int b = 0; b < B; b++) SHARE(C, i) x[b * C + i] += y[b * C + i];
 #pragma omp barrier
 
             /* the norm before the MLP */
-            rms_norm(x, layer->post_attention_layernorm, m->eps, C, normed);
+            rms_norm(x, B, layer->post_attention_layernorm, m->eps, C, normed);
 
             /* SwiGLU: silu(gate) * up, where silu(g) = g / (1 + e^-g) */
-            multiply(&layer->gate_proj, normed, m->hidden, i0, i1);
-            multiply(&layer->up_proj, normed, y, i0, i1);
-            for (int i = i0; i < i1; i++) m->hidden[i] *= y[i] / (1.0f + expf(-m->hidden[i]));
+            multiply(&layer->gate_proj, B, normed, m->hidden, FROM_TO(I));
+            multiply(&layer->up_proj, B, normed, y, FROM_TO(I));
+            for (int b = 0; b < B; b++) SHARE(I, i) m->hidden[b * I + i] = silu(m->hidden[b * I + i]) * y[b * I + i];
 #pragma omp barrier
 
             /* the down projection, added to the residual stream */
-            multiply(&layer->down_proj, m->hidden, y, c0, c1);
-            for (int i = c0; i < c1; i++) x[i] += y[i];
+            multiply(&layer->down_proj, B, m->hidden, y, FROM_TO(C));
+            for (int b = 0; b < B; b++) SHARE(C, i) x[b * C + i] += y[b * C + i];
 #pragma omp barrier
         }
 
         /* the last norm, and the head */
-        rms_norm(x, m->norm, m->eps, C, normed);
-        multiply(&m->head, normed, logits, v0, v1);
+        rms_norm(x, B, m->norm, m->eps, C, normed);
+        multiply(&m->head, B, normed, logits, FROM_TO(m->V));
     }
 }

@@ -1,10 +1,10 @@
 """
-decode.c from Python: one token of one text on a CPU, without a call into PyTorch for each small step.
+decode.c from Python: one token of each text on a CPU, without a call into PyTorch for each small step.
 
     from decode import Decoder
-    logits = Decoder(model)(token_id, cache, position)      # (1, V) fp32, and the cache holds the new position
+    logits = Decoder(model)([token_id], cache, position)    # (1, V) fp32, and the cache holds the new position
 
-sample.generate() uses it wherever it can: one row, on a CPU, where there is a C compiler. The weights stay where they
+sample.generate() uses it wherever it can: up to MOST_ROWS texts, on a CPU, with a C compiler. The weights stay where they
 are, in the model, whether fp32, bf16 or int8; activations are fp32, and int8 where they meet int8 weights.
 tests/test_decode.py compares it with the plain forward pass of model.py, which everything else uses; so does every
 process, on the first token of each model.
@@ -32,6 +32,7 @@ from model import KVCache, SmolLM2
 SOURCE = Path(__file__).with_name("decode.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 BLOCK = 128  # positions that attention goes through at a time
+MOST_ROWS = 16  # texts at a time: for more, PyTorch's products are as fast
 
 
 class Matrix(ctypes.Structure):
@@ -46,7 +47,7 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in "C I L H K D V capacity cache_kind threads".split()]
+    _fields_ = [(name, ctypes.c_int) for name in "B C I L H K D V capacity cache_kind threads".split()]
     _fields_ += [("eps", ctypes.c_float)]
     _fields_ += [(name, ctypes.c_void_p) for name in "norm cos sin".split()]
     _fields_ += [("embed_tokens", Matrix), ("head", Matrix), ("layers", ctypes.POINTER(Layer))]
@@ -116,7 +117,8 @@ def compiling_fails() -> str:
 
 
 class Decoder:
-    """decoder(token, cache, position) is model(token, cache=cache, start=position) for one row: logits (1, V), fp32.
+    """decoder(tokens, cache, position): the logits (B, V), fp32, that follow B texts' tokens, one of each, all at
+    `position`. It is model(tokens (B, 1), cache=cache, start=position).
 
     check: compute the first token of each model by model.py as well, and compare (first_token).
     """
@@ -134,23 +136,18 @@ class Decoder:
         C, H, K, D = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         embedding = self.matrix(model.embed_tokens)
         self.c = Model(
-            C=C, I=c.intermediate_size, L=c.num_hidden_layers, H=H, K=K, D=D, V=c.vocab_size,
+            B=0, C=C, I=c.intermediate_size, L=c.num_hidden_layers, H=H, K=K, D=D, V=c.vocab_size,
             cache_kind=KINDS[model.dtype], threads=1, eps=c.rms_norm_eps,
             norm=self.floats(model.norm.weight), embed_tokens=embedding, layers=self.layers,
             head=embedding if model.lm_head is None else self.matrix(model.lm_head),
-            x=self.room(C), q=self.room(H * D), hidden=self.room(c.intermediate_size),
         )  # fmt: skip
-        self.buffers = None  # the cache's first pair, by which a cache that has grown is recognised
+        self.buffers = self.room = None  # the cache's first pair, by which a cache that has grown is recognised
         self.alone_took, self.alone_for, self.pause = None, 0, 16  # see pick_threads()
 
     def floats(self, tensor) -> int:
         """The address of the tensor's numbers as fp32: a copy, or the tensor itself where it is fp32."""
         self.keep.append(tensor.detach().float().contiguous())
         return self.keep[-1].data_ptr()
-
-    def room(self, n: int) -> int:
-        """The address of n floats to work in."""
-        return self.floats(torch.empty(n))
 
     def matrix(self, module) -> Matrix:
         weight, scale = module.weight, getattr(module, "scale", None)
@@ -160,35 +157,40 @@ class Decoder:
         return Matrix(weight.data_ptr(), scale, KINDS[weight.dtype], *weight.shape)
 
     @torch.inference_mode()
-    def __call__(self, token: int, cache: KVCache, position: int):
-        if not 0 <= token < self.c.V or position < 0:  # decode.c would read and write outside the tensors
-            raise IndexError(f"token {token} at position {position}: the vocabulary is 0 .. {self.c.V - 1}")
+    def __call__(self, tokens: list[int], cache: KVCache, position: int):
+        if not 0 <= min(tokens) <= max(tokens) < self.c.V or position < 0:  # decode.c would leave the tensors
+            raise IndexError(f"tokens {tokens} at position {position}: the vocabulary is 0 .. {self.c.V - 1}")
         cache.reserve(position + 1)
         self.attach(cache)
+        assert len(tokens) == self.c.B, f"{len(tokens)} tokens for a cache of {self.c.B} rows"
         if self.check and self.model not in checked:
-            return first_token(self, token, cache, position)
-        return self.step(token, position)
+            return first_token(self, tokens, cache, position)
+        return self.step(tokens, position)
 
     def attach(self, cache: KVCache):
         """Point each layer at its keys and values, unless they are where they were at the last token."""
         buffers = cache.layers[0][0]
         if buffers is self.buffers:
             return
-        assert len(buffers) == 1 and buffers.dtype == self.model.dtype, f"{len(buffers)} rows of {buffers.dtype}"
-        self.buffers, self.c.capacity = buffers, buffers.size(2)
-        self.parts = torch.empty(-(-buffers.size(2) // BLOCK), self.c.H, self.c.D + 2, dtype=torch.float32)
-        self.c.parts = self.parts.data_ptr()
+        assert buffers.dtype == self.model.dtype, f"a cache of {buffers.dtype}"
+        self.buffers, c = buffers, self.c
+        c.B, c.capacity = len(buffers), buffers.size(2)
+        sizes = dict(x=c.C, q=c.H * c.D, hidden=c.I, parts=-(-c.capacity // BLOCK) * c.H * (c.D + 2))
+        self.room = {name: torch.empty(c.B * size, dtype=torch.float32) for name, size in sizes.items()}
+        for name, room in self.room.items():
+            setattr(c, name, room.data_ptr())
         for ours, (keys, values) in zip(self.layers, cache.layers):
             ours.keys, ours.values = keys.data_ptr(), values.data_ptr()
 
-    def step(self, token: int, position: int):
-        """One call of decode.c: logits (1, V), and the keys and values of this position in the cache."""
+    def step(self, tokens: list[int], position: int):
+        """One call of decode.c: logits (B, V), and the keys and values of this position in the cache."""
         row = position * self.c.D * 4  # bytes
         self.c.cos, self.c.sin = self.model.rotary.cos.data_ptr() + row, self.model.rotary.sin.data_ptr() + row
-        logits = torch.empty(1, self.c.V, dtype=torch.float32)
+        logits = torch.empty(self.c.B, self.c.V, dtype=torch.float32)
         self.c.threads = self.pick_threads()
         started = time.perf_counter()
-        library().step(ctypes.byref(self.c), token, position, ctypes.c_void_p(logits.data_ptr()))
+        ids = (ctypes.c_int * len(tokens))(*tokens)
+        library().step(ctypes.byref(self.c), ids, position, ctypes.c_void_p(logits.data_ptr()))
         self.learn_from(time.perf_counter() - started)
         return logits
 
@@ -216,13 +218,13 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.int8: 0.6}  # int8:
 checked = weakref.WeakSet()  # models whose first token has been compared
 
 
-def first_token(decoder: Decoder, token: int, cache: KVCache, position: int):
+def first_token(decoder: Decoder, tokens: list[int], cache: KVCache, position: int):
     """The logits of decode.c, compared with those of model.py. UserError where they differ by more than rounding: so
     whoever changes the architecture in model.py is told, and does not get tokens of the old one."""
     model = decoder.model
     with torch.autocast("cpu", enabled=False):  # train.py prints samples inside one
-        plain, _ = model(torch.tensor([[token]]), cache=cache, start=position)
-    logits = decoder.step(token, position)  # second, so that the cache holds decode.c's keys and values from here on
+        plain, _ = model(torch.tensor(tokens)[:, None], cache=cache, start=position)
+    logits = decoder.step(tokens, position)  # second, so that the cache holds decode.c's keys and values from here on
     error, spread = float((logits - plain[:, -1]).std()), float(plain.float().std())
     allowed = ROUNDING[model.embed_tokens.weight.dtype]
     if not error <= allowed * spread + 1e-6:

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from checkpoint import find, load, metadata, newest_run
-from decode import Decoder, reason_against
+from decode import MOST_ROWS, Decoder, reason_against
 from device import compile_for_generation, keep_freed_memory, pick_device, pick_dtype
 from files import damage_named
 from model import KVCache
@@ -94,10 +94,11 @@ def next_token(
         logits = penalize_repetition(logits, seen, repetition_penalty)
     greedy = temperature < 1e-5  # so little leaves no other token a chance, and dividing by it could overflow
     logits = logits if greedy else logits / temperature
-    if not bool(torch.isfinite(logits.amax(-1)).all()):
+    largest, likeliest = logits.max(dim=-1)
+    if not bool(torch.isfinite(largest).all()):
         raise UserError("the model's logits are not finite: its weights are damaged, or its training has diverged.")
     if greedy:
-        return logits.argmax(-1)
+        return likeliest
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
@@ -138,7 +139,7 @@ def generate(
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
-    use_c: one row on a CPU goes through decode.c once the prompt is read, same logits but for rounding; False never.
+    use_c: up to 16 rows on a CPU go through decode.c once the prompt is read, same logits but for rounding; False never.
     cache, cached: a cache that holds the first `cached` of the prompt's ids already, as a conversation's does; what is
     read goes there. By default a new one.
     stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has
@@ -168,7 +169,7 @@ def generate(
     window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
     cached = min(cached, ids.size(1) - 1) if ids.size(1) <= context else 0  # one is left to read, for its logits
     cache = cache or KVCache(model.config, len(ids), model.device, model.dtype)
-    decoder = Decoder(model) if use_c and len(ids) == 1 and not reason_against(model) else None
+    decoder = Decoder(model) if use_c and len(ids) <= MOST_ROWS and not reason_against(model) else None
 
     # read the prompt, all of it at once
     logits = prefill(model, window[:, cached:], cache, cached)
@@ -192,7 +193,7 @@ def generate(
         else:
             window = torch.cat((window, new[:, None]), dim=1)
             start = window.size(1) - 1
-            logits = decoder(int(new), cache, start) if decoder else prefill(model, new[:, None], cache, start)
+            logits = decoder(new.tolist(), cache, start) if decoder else prefill(model, new[:, None], cache, start)
 
 
 def stream_text(tokenizer: Tokenizer, steps: Iterator[torch.Tensor]) -> Iterator[str]:

@@ -205,7 +205,7 @@ def cached_logits(model, ids, sizes, cache=None, start: int = 0):
 def decoded_logits(model, ids):
     """Logits of ids (1, T), token by token through decode.c, unchecked: the table shows by how much it differs."""
     decoder, cache = Decoder(model, check=False), KVCache(model.config, 1, model.device, model.dtype)
-    return torch.stack([decoder(i, cache, position) for position, i in enumerate(ids[0].tolist())], dim=1)
+    return torch.stack([decoder([i], cache, position) for position, i in enumerate(ids[0].tolist())], dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def decoded(model, ids=IDS, start: int = 0, cache=None, check=True):
     """Logits (T, V) of ids (1, T), one token after the other."""
     decoder, cache = Decoder(model, check), cache or KVCache(model.config, 1, dtype=model.dtype)
     decoder.alone_took = math.inf  # all threads from the first token on, however busy the machine
-    return torch.cat([decoder(int(i), cache, start + n) for n, i in enumerate(ids[0])])
+    return torch.cat([decoder([int(i)], cache, start + n) for n, i in enumerate(ids[0])])
 
 
 SHAPES = {
@@ -104,6 +104,23 @@ def test_the_logits_are_those_of_the_plain_pass(kind, shape, threads, monkeypatc
     # one number that is rounded the other way, for a difference in its last bit, moves all that come after it
     assert error.max() < (0.05 if kind == "int8" else 2e-3) * spread
     assert (found[1:] - expected[:-1]).std(dim=-1).min() > 0.2 * spread
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shape", ["grouped", "no multiple of 16", "wide"])
+@pytest.mark.parametrize("rows", [2, 5, 13])
+def test_several_texts_at_a_time_are_each_alone(rows, shape, kind):
+    """Every row of a batch gets, bit for bit, the logits that it gets alone: company changes no text, in a group of 8
+    or as one of the rest. Across a block of positions, too. Negative control: another row's logits."""
+    model, _ = pair(kind, **SHAPES[shape], max_position_embeddings=140)
+    ids = torch.randint(3, 512, (rows, 140), generator=torch.Generator().manual_seed(4))
+    decoder, cache = Decoder(model), KVCache(model.config, rows, dtype=model.dtype)
+    together = torch.stack([decoder(column.tolist(), cache, n) for n, column in enumerate(ids.T)], dim=1)  # (B, T, V)
+    for row in (0, rows // 2, rows - 1):
+        assert torch.equal(together[row], decoded(model, ids[row : row + 1]))
+        assert not torch.equal(together[row, 1:], together[(row + 1) % rows, 1:])
+    with pytest.raises(AssertionError, match="1 tokens for a cache of"):
+        decoder([5], cache, 139)
 
 
 @pytest.mark.parametrize("sharp", [1.0, 300.0])
@@ -157,7 +174,7 @@ def test_on_a_busy_machine_it_goes_alone_for_a_while(monkeypatch):
             decoder.alone_took = 0.0  # nothing is that quick: the machine is as good as busy
         if n == 50:
             decoder.alone_took = math.inf
-        decoder(5, cache, n)
+        decoder([5], cache, n)
         threads.append(decoder.c.threads)
     assert threads == [1, 2, *[1] * 16, 2, *[1] * 32, 2, *[2] * 8]
 
@@ -176,12 +193,12 @@ def test_it_goes_on_from_a_prefill_and_back(kind):
     allowed = 2e-5 if kind == "float32" else 0.1 * float(expected.float().std())
     assert (middle - expected[30:50]).abs().max() < allowed and (end - expected[50:]).abs().max() < allowed
     decoder, small = Decoder(model), KVCache(model.config, 1, dtype=model.dtype)
-    found = torch.cat([decoder(int(i), small, n) for n, i in enumerate(ids[0])])  # capacity 64, in one decoder
+    found = torch.cat([decoder([int(i)], small, n) for n, i in enumerate(ids[0])])  # capacity 64, in one decoder
     assert (found - expected).abs().max() < allowed
 
 
 def test_generate_takes_it_and_says_the_same(hf_directory, monkeypatch):
-    """One row on a CPU goes through decode.c; several rows, fp16 and use_c=False do not. Greedy text is the same."""
+    """Rows on a CPU go through decode.c; more than MOST_ROWS, fp16 and use_c=False do not. Greedy text is the same."""
     model, _ = sample.load(hf_directory)
     calls = []
     real = Decoder.__call__
@@ -196,7 +213,8 @@ def test_generate_takes_it_and_says_the_same(hf_directory, monkeypatch):
     fast = text(model)
     assert len(calls) == 49  # the first token comes with the prompt
     assert text(model, use_c=False) == fast and not calls
-    assert [i[:1] for i in text(model, [[5, 6, 7], [9, 8, 7]])] == fast and not calls
+    assert [i[:1] for i in text(model, [[5, 6, 7], [9, 8, 7]])] == fast and len(calls) == 49
+    assert [i[:1] for i in text(model, [[5, 6, 7]] + [[9, 8, 7]] * decode.MOST_ROWS)] == fast and not calls
     text(copy.deepcopy(model).to(torch.float16))
     assert not calls
 
@@ -336,10 +354,10 @@ def test_no_memory_is_read_for_a_token_that_is_none():
     model, _ = pair("float32")
     decoder, cache = Decoder(model), KVCache(model.config, 1)
     for token, position in ((512, 0), (-1, 0), (5, -1)):
-        with pytest.raises(IndexError, match=f"token {token} at position {position}"):
-            decoder(token, cache, position)
+        with pytest.raises(IndexError, match=rf"tokens \[{token}\] at position {position}"):
+            decoder([token], cache, position)
     with pytest.raises(UserError, match="context of 64"):
-        decoder(5, cache, 64)
+        decoder([5], cache, 64)
 
 
 def first_load(source):
@@ -398,9 +416,11 @@ def test_no_sanitizer_complains(elsewhere, tmp_path):
         "real = subprocess.run\n"
         "subprocess.run = lambda c, **k: real([*c, '-fsanitize=address,undefined', '-fno-sanitize-recover'], **k)\n"
         "from pathlib import Path; decode.SOURCE = Path(sys.argv[3])\n"
-        "from test_decode import pair, decoded\n"
+        "from test_decode import pair, decoded, Decoder, KVCache\n"
         "for kind in ('float32', 'bfloat16', 'int8'):\n"
-        "    decoded(pair(kind, hidden_size=84, intermediate_size=140, head_dim=6, vocab_size=515)[0])\n"
+        "    model = pair(kind, hidden_size=84, intermediate_size=140, head_dim=6, vocab_size=515)[0]\n"
+        "    decoded(model)\n"
+        "    Decoder(model)([5] * 13, KVCache(model.config, 13, dtype=model.dtype), 0)\n"
         "print('clean')\n"
     )
     library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
