@@ -5,17 +5,19 @@ How fast, beside which others, and how near the machine's own limit.
     python bench.py --only=decode,decode_int8 --vs=llamacpp --llama_bench=llama.cpp/build/bin/llama-bench
     python bench.py --model=out/smol_shakespeare --vs=none
 
-Each contender (ours, transformers, llama.cpp) runs in a process of its own and is warmed up. Then they take turns,
-A B C A B C, so that a drift of the machine's speed touches all of them alike. The card shows the median of the rounds,
-the lowest and the highest, and what the hardware allows, measured in the same run: training and prefill are bound by
-matrix products (MFU: useful floating-point operations per second over those of a large product), decoding by memory
-(bytes of weights, keys and values per second over those of a plain read). The limits are from the best that the machine
-showed during the whole run, so that a slow moment of it bounds nothing. Compiling is timed separately, as "setup".
+Each contender (ours, transformers, llama.cpp, OpenVINO) runs in a process of its own and is warmed up. Then they take
+turns, A B C A B C, so that a drift of the machine's speed touches all of them alike. The card shows the median of the
+rounds, the lowest and the highest, and what the hardware allows, measured in the same run: training and prefill are
+bound by matrix products (MFU: useful floating-point operations per second over those of a large product), decoding by
+memory (bytes of weights, keys and values per second over those of a plain read). The limits are from the best that the
+machine showed during the whole run, so that a slow moment of it bounds nothing. Compiling is timed separately, as
+"setup".
 
 The last line of stdout is one JSON object.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -58,7 +60,7 @@ from sample import generate, prefill
 class Settings:
     only: str = ""  # which work, comma-separated: train, train_full_vocab, prefill, decode, decode_2048, decode_int8,
     #                 encode, startup, busy; empty: these. Also decode_512, decode_4000, decode_int8_2048, decode_8_rows
-    vs: str = "hf,llamacpp"  # beside which others: hf, llamacpp, none
+    vs: str = "hf,llamacpp,openvino"  # beside which others: these, or none
     llama_bench: str = (
         ""  # llama-bench of a native build of llama.cpp, measured beside the wheel where --vs has llamacpp;
     )
@@ -81,7 +83,10 @@ DECODE = {  # tokens of prompt, rows
 BUSY = "training reading writing".split()
 SPINNING = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with its parent
 OURS = ["ours", "ours_eager", "ours_plain", *BUSY]
-PEERS = "hf hf_compiled llamacpp llama_bench tokenizers".split()
+PEERS = "hf hf_compiled llamacpp llama_bench openvino tokenizers".split()
+# what peers that read GGUF files need (pip install ...), and the files, of which OpenVINO does not take bf16
+PACKAGES = {"llamacpp": "gguf xllamacpp", "openvino": "gguf openvino-genai"}
+FILES = {"llamacpp": ("bf16", "q8_0"), "openvino": ("f16", "q8_0")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,14 +137,14 @@ def training(who: str, device: str, vocab: int, rows: int, T: int, dtype: torch.
         yield rate(2)
 
 
-def prefilling(who: str, device: str, folder: str):
-    """A prompt of PREFILL tokens, batch 1, bf16, into an empty cache."""
+def prefilling(who: str, device: str, folder: str, dtype: torch.dtype):
+    """A prompt of PREFILL tokens, batch 1, bf16, into an empty cache. dtype: of the products that are fastest here."""
     ids = torch.randint(0, 1000, (1, PREFILL), generator=torch.Generator().manual_seed(0)).to(device)
-    if who == "llamacpp":
-        llama = LlamaCpp(Path(folder) / "bf16.gguf")
+    if who in FILES:
+        engine = engine_for(who, folder, False, dtype)
         yield
         while True:
-            yield llama.complete(ids[0].tolist(), 1)["prompt_per_second"]
+            yield engine.complete(ids[0].tolist(), 2)["prompt_per_second"]
     if who == "hf":
         model = load_hf(folder, device)
 
@@ -169,11 +174,11 @@ def decoding(who: str, device: str, folder: str, int8: bool, depth: int, rows: i
     """NEW tokens a row after a prompt of `depth`, greedy, in bf16 or int8; the time of the prompt is not counted.
     ours_plain goes through model.py where ours goes through decode.c."""
     prompt = torch.randint(0, 1000, (rows, depth), generator=torch.Generator().manual_seed(0)).to(device)
-    if who == "llamacpp":
-        llama = LlamaCpp(Path(folder) / ("q8_0.gguf" if int8 else "bf16.gguf"))
+    if who in FILES:
+        engine = engine_for(who, folder, int8, torch.bfloat16)
         yield
         while True:
-            yield llama.complete(prompt[0].tolist(), NEW)["predicted_per_second"]
+            yield engine.complete(prompt[0].tolist(), NEW)["predicted_per_second"]
     if who == "hf":
         model = load_hf(folder, device)
 
@@ -272,7 +277,7 @@ def beside_others(who: str, device: str, folder: str, dtype: torch.dtype):
     would be 2 x; threads that wait for each other the wrong way make it 40 x."""
     work = {
         "training": lambda: training("ours_eager", device, 5000, 1, 128, dtype),
-        "reading": lambda: prefilling("ours", device, folder),
+        "reading": lambda: prefilling("ours", device, folder, dtype),
         "writing": lambda: decoding("ours", device, folder, False, 16, 1),
     }[who]()
     next(work)
@@ -331,6 +336,42 @@ def load_hf(folder, device):
 
     logging.disable_progress_bar()
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+
+
+def engine_for(who: str, folder: str, int8: bool, dtype: torch.dtype):
+    """A peer that reads GGUF files, with the file in `folder` of the precision asked for."""
+    file = Path(folder) / f"{FILES[who][int8]}.gguf"
+    return LlamaCpp(file) if who == "llamacpp" else OpenVino(file, int8, dtype)
+
+
+class OpenVino:
+    """OpenVINO GenAI's pipeline, as it is fastest: attention is "SDPA" for int8, else paged; dtype: of the products."""
+
+    def __init__(self, file, int8: bool, dtype: torch.dtype):
+        import openvino_genai
+
+        settings: dict = dict(INFERENCE_NUM_THREADS=torch.get_num_threads())
+        if int8:
+            settings["ATTENTION_BACKEND"] = "SDPA"
+        else:
+            settings["scheduler_config"] = openvino_genai.SchedulerConfig()
+            settings["scheduler_config"].enable_prefix_caching = False  # each round reads its prompt
+        if dtype == torch.float32:
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
+        self.pipeline = openvino_genai.LLMPipeline(str(file), "CPU", **settings)
+        self.complete([1, 2, 3], 8)
+
+    def complete(self, ids: list[int], n: int) -> dict:
+        """Its own timings of n greedy tokens after the prompt `ids`, under the names of LlamaCpp's."""
+        import openvino
+        import openvino_genai
+
+        prompt = openvino.Tensor(torch.tensor([ids]).numpy()), openvino.Tensor(torch.ones(1, len(ids)).long().numpy())
+        made = self.pipeline.generate(
+            openvino_genai.TokenizedInputs(*prompt), max_new_tokens=n, ignore_eos=True, do_sample=False
+        )
+        first, each = made.perf_metrics.get_ttft().mean, made.perf_metrics.get_tpot().mean  # ms
+        return {"prompt_per_second": len(ids) / first * 1e3, "predicted_per_second": 1e3 / each}
 
 
 class LlamaCpp:
@@ -440,7 +481,7 @@ def contenders_for(
     dtype: of the products in training; llama_bench: the program, or empty."""
 
     def folder_of(who):
-        return ggufs if who == "llamacpp" else folder
+        return ggufs if who in FILES else folder
 
     if work in TRAIN_SHAPE:
         names = ["ours", *(v for v in vs if v == "hf")]
@@ -450,10 +491,10 @@ def contenders_for(
     if work == "encode":
         return {who: (encoding, who) for who in ("ours", "tokenizers")}
     if work == "startup":
-        return {who: (starting, who, folder) for who in ("ours", *vs) if who != "llamacpp"}
+        return {who: (starting, who, folder) for who in ("ours", *vs) if who not in FILES}
     by_native = bool(llama_bench) and "llamacpp" in vs
     if work == "prefill":
-        found = {who: (prefilling, who, device, folder_of(who)) for who in ("ours", *vs)}
+        found = {who: (prefilling, who, device, folder_of(who), dtype) for who in ("ours", *vs)}
         return found | (
             {"llama_bench": (native, llama_bench, f"{ggufs}/bf16.gguf", PREFILL, 0, 0)} if by_native else {}
         )
@@ -463,8 +504,8 @@ def contenders_for(
     names = ["ours", *(["ours_plain"] if work in ("decode", "decode_int8") else []), *vs]
     if int8:  # transformers has no int8 of this kind
         names = [who for who in names if who != "hf"]
-    if rows > 1:  # llama.cpp's server takes its rows from several visitors
-        names = [who for who in names if who != "llamacpp"]
+    if rows > 1:  # these take their rows from several visitors
+        names = [who for who in names if who not in FILES]
     found = {who: (decoding, who, device, folder_of(who), int8, depth, rows) for who in names}
     if by_native and rows == 1:
         file = f"{ggufs}/{'q8_0' if int8 else 'bf16'}.gguf"
@@ -532,7 +573,7 @@ def main():
     only = [w.strip() for w in s.only.split(",") if w.strip()] or WORKS
     vs = [v.strip() for v in s.vs.split(",") if v.strip() not in ("", "none")]
     problems = [f"--only={w}: expected some of {', '.join(WORKS + MORE)}." for w in only if w not in WORKS + MORE]
-    problems += [f"--vs={v}: expected hf, llamacpp or none." for v in vs if v not in ("hf", "llamacpp")]
+    problems += [f"--vs={v}: expected hf, llamacpp, openvino or none." for v in vs if v not in ("hf", *FILES)]
     if problems:
         raise UserError("\n".join(problems))
     if s.llama_bench and not shutil.which(s.llama_bench):
@@ -550,24 +591,24 @@ def main():
             c = model.config
             weights = model.num_parameters() | {"cached": 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim}
             read_tokenizer(folder)  # refused here, and not in a contender's process
-            if "llamacpp" in vs:
-                vs = write_ggufs(folder, Path(temporary), vs)
+            vs = write_ggufs(folder, Path(temporary), vs)
         report(s, device, only, vs, folder, Path(temporary), weights, started)
 
 
 def write_ggufs(folder: Path, temporary: Path, vs: list[str]) -> list[str]:
-    """Write the same weights for llama.cpp and return `vs`; where its packages are missing, `vs` without it."""
-    try:
-        import gguf  # noqa: F401
-        import xllamacpp  # noqa: F401
-    except ImportError as error:
-        print(f"llamacpp is left out: {error.name} is not installed. pip install gguf xllamacpp", file=sys.stderr)
-        return [v for v in vs if v != "llamacpp"]
-    from export_gguf import export
+    """Write the same weights for the peers that read GGUF files; return `vs` without those that are not installed."""
+    for who in [v for v in vs if v in FILES]:
+        missing = [p for p in PACKAGES[who].split() if importlib.util.find_spec(p.replace("-", "_")) is None]
+        if missing:
+            print(f"{who} is left out: no {' and no '.join(missing)}. pip install {PACKAGES[who]}", file=sys.stderr)
+            vs = [v for v in vs if v != who]
+    kinds = {kind for v in vs if v in FILES for kind in FILES[v]}
+    if kinds:
+        from export_gguf import export  # which needs gguf
 
-    for kind in ("bf16", "q8_0"):
-        made = export(folder, kind, temporary / kind)
-        made.rename(temporary / f"{kind}.gguf")
+        for kind in kinds:
+            made = export(folder, kind, temporary / kind)
+            made.rename(temporary / f"{kind}.gguf")
     return vs
 
 
@@ -605,7 +646,7 @@ def report(s, device, only, vs, folder, temporary, weights, started):
 def machine_info(device: str, limits: dict, vs: list[str]) -> dict:
     """What was measured on: device, threads, date, speed, and the versions of what took part."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for name in ("transformers", "xllamacpp", "tokenizers", "tiktoken"):
+    for name in ("transformers", "xllamacpp", "openvino-genai", "tokenizers", "tiktoken"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -4,8 +4,8 @@ decode.c from Python: one token of each text on a CPU, without a call into PyTor
     from decode import Decoder
     logits = Decoder(model)([token_id], cache, position)    # (1, V) fp32, and the cache holds the new position
 
-sample.generate() uses it wherever it can: up to MOST_ROWS texts, on a CPU, with a C compiler. The weights stay where they
-are, in the model, whether fp32, bf16 or int8; activations are fp32, and int8 where they meet int8 weights.
+sample.generate() uses it wherever it can: up to MOST_ROWS texts, on a CPU, with a C compiler. The weights stay where
+they are, in the model, whether fp32, bf16 or int8; activations are fp32, and int8 where they meet int8 weights.
 tests/test_decode.py compares it with the plain forward pass of model.py, which everything else uses; so does every
 process, on the first token of each model.
 """

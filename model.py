@@ -381,8 +381,8 @@ class SmolLM2(nn.Module):
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
 
     def widened_layers(self):
-        """The layers one by one, in fp32: a single block, which takes the weights of each in its turn and so stays in the
-        processor's cache. For bfloat16 and int8 weights."""
+        """The layers one by one, in fp32: a single block, which takes the weights of each in its turn and so stays in
+        the processor's cache. For bfloat16 and int8 weights (ops.worth_widening)."""
         with NoDefaultInit():
             wide = Block(self.config)
         for layer in self.layers:

@@ -139,7 +139,7 @@ def generate(
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
-    use_c: up to 16 rows on a CPU go through decode.c once the prompt is read, same logits but for rounding; False never.
+    use_c: up to 16 rows on a CPU go through decode.c once the prompt is read; same logits but for rounding.
     cache, cached: a cache that holds the first `cached` of the prompt's ids already, as a conversation's does; what is
     read goes there. By default a new one.
     stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has

@@ -36,6 +36,29 @@ def test_wrong_names_are_refused_all_at_once(tmp_path):
     assert done.returncode == 2 and "--repeats=0: " in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_peer_that_is_not_installed_is_left_out_by_name(tmp_path, monkeypatch, capsys):
+    """With the command that gets it; the others are written what they read: OpenVINO no bf16."""
+    import export_gguf
+
+    written = []
+
+    def export(folder, kind, to):
+        written.append(kind)
+        to.touch()
+        return to
+
+    monkeypatch.setattr(export_gguf, "export", export)
+    here, every = {"gguf", "openvino_genai"}, ["hf", "llamacpp", "openvino"]
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name if name in here else None)
+    assert bench.write_ggufs(tmp_path, tmp_path, every) == ["hf", "openvino"]
+    assert capsys.readouterr().err == "llamacpp is left out: no xllamacpp. pip install gguf xllamacpp\n"
+    assert sorted(written) == ["f16", "q8_0"] and (tmp_path / "f16.gguf").exists()
+    here.clear()
+    assert bench.write_ggufs(tmp_path, tmp_path, every) == ["hf"]
+    said = "openvino is left out: no gguf and no openvino-genai. pip install gguf openvino-genai"
+    assert said in capsys.readouterr().err
+
+
 def rounds(*figures):
     return dict(rounds=list(figures), setup_s=1, peak_mb=10)
 

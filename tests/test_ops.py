@@ -50,8 +50,8 @@ def test_the_loss_in_pieces_under_autocast_is_a_fp32_loss():
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_a_long_prompt_may_go_through_fp32(kind, monkeypatch):
-    """Where fp32 products are the faster ones, a bfloat16 or int8 model computes what its weights stand for in fp32, up to
-    the last norm: nearer to the exact logits than in bfloat16, in chunks with a cache too."""
+    """Where fp32 products are the faster ones, a bfloat16 or int8 model computes what its weights stand for in fp32, up
+    to the last norm: nearer to the exact logits than in bfloat16, in chunks with a cache too."""
     model, exact = tiny(max_position_embeddings=128), tiny(max_position_embeddings=128)
     model.to(torch.bfloat16) if kind == "bfloat16" else quantize(model)
     for ours, theirs in zip(exact.modules(), model.modules()):
