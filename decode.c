@@ -154,15 +154,13 @@ INLINE float dot_bytes(const int8_t *w, const int8_t *x, const float *scale, int
    the parts */
 
 /* While a row is computed with, have the bytes fetched that come AHEAD bytes after it: the processor looks ahead itself,
-   but only to the end of a page of 4 KB. */
+   but only to the end of a page of 4 KB. Returns where the row is: `start` numbers of `size` bytes into the data. */
 #define AHEAD 8192
-INLINE const void *fetch_row(const Matrix *m, int r, int size) { /* row r, of numbers of `size` bytes */
-    long bytes = (long)m->columns * size;
-    const char *row = (const char *)m->data + r * bytes;
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((void *)((uintptr_t)row + AHEAD + i), 0, 2);
+INLINE const void *fetch(const void *data, long start, int n, int size) {
+    const char *row = (const char *)data + start * size;
+    for (long i = 0; i < n * size; i += 64) __builtin_prefetch((void *)((uintptr_t)row + AHEAD + i), 0, 2);
     return row;
 }
-
 
 /* rows from .. to - 1 of y = m x, for B vectors x of m->columns numbers and y of m->rows */
 static void multiply(const Matrix *m, int B, const float *x, float *y, int from, int to) {
@@ -170,10 +168,10 @@ static void multiply(const Matrix *m, int B, const float *x, float *y, int from,
     int8_t bytes[copied] ALIGNED;
     float scale[copied / 4] ALIGNED;
     for (int b = 0; b < B && m->kind == INT8; b++) to_bytes(x + b * n, n, bytes + b * n, scale + b * n / 4);
-    for (int r = from; r < to && m->kind == F32; r++) dots(F32, fetch_row(m, r, 4), B, x, n, y + r, m->rows);
-    for (int r = from; r < to && m->kind == BF16; r++) dots(BF16, fetch_row(m, r, 2), B, x, n, y + r, m->rows);
-    for (int r = from; r < to && m->kind == INT8; r++) {
-        const int8_t *row = fetch_row(m, r, 1);
+    for (long r = from; r < to && m->kind == F32; r++) dots(F32, fetch(m->data, r * n, n, 4), B, x, n, y + r, m->rows);
+    for (long r = from; r < to && m->kind == BF16; r++) dots(BF16, fetch(m->data, r * n, n, 2), B, x, n, y + r, m->rows);
+    for (long r = from; r < to && m->kind == INT8; r++) {
+        const int8_t *row = fetch(m->data, r * n, n, 1);
         for (int b = 0; b < B; b++)
             y[(long)b * m->rows + r] = dot_bytes(row, bytes + b * n, scale + b * n / 4, n) * m->scale[r];
     }
@@ -218,14 +216,16 @@ INLINE void attend_in(int kind, int D, const Model *m, const Layer *layer, int b
     /* One key/value head of text b with its G query heads over one block of positions, so that each is read once.
        Each query head leaves a part: the values weighted by e^(score - highest), the highest score, and the sum of the
        weights, which merge() puts together. That is FlashAttention's softmax (https://arxiv.org/abs/2205.14135). */
-    int G = m->H / m->K, first = block * BLOCK, blocks = position / BLOCK + 1;
+    int G = m->H / m->K, first = block * BLOCK, blocks = position / BLOCK + 1, size = kind == F32 ? 4 : 2;
     int n = position + 1 - first < BLOCK ? position + 1 - first : BLOCK;
     long row = ((long)(b * m->K + group) * m->capacity + first) * D;
     const float *q = m->q + (b * m->H + group * G) * D;
     float *parts = m->parts + ((long)(b * blocks + block) * m->H + group * G) * (D + 2), scale = 1.0f / sqrtf(D);
     float weights[G][BLOCK];
-    for (int t = 0; t < n; t++)
-        for (int g = 0; g < G; g++) weights[g][t] = dot(kind, layer->keys, row + (long)t * D, q + g * D, D) * scale;
+    for (int t = 0; t < n; t++) {
+        const void *key = fetch(layer->keys, row + (long)t * D, D, size);
+        for (int g = 0; g < G; g++) weights[g][t] = dot(kind, key, 0, q + g * D, D) * scale;
+    }
     for (int g = 0; g < G; g++) {
         float highest = -INFINITY, sum = 0, *part = parts + g * (D + 2);
         for (int t = 0; t < n; t++) highest = weights[g][t] > highest ? weights[g][t] : highest;
@@ -234,12 +234,14 @@ INLINE void attend_in(int kind, int D, const Model *m, const Layer *layer, int b
         memset(part, 0, sizeof(float) * D);
         part[D] = highest, part[D + 1] = sum;
     }
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
+        const void *value = fetch(layer->values, row + (long)t * D, D, size);
         for (int g = 0; g < G; g++) {
             float weight = weights[g][t], *part = parts + g * (D + 2);
 #pragma omp simd
-            for (int i = 0; i < D; i++) part[i] += weight * load(kind, layer->values, row + (long)t * D + i);
+            for (int i = 0; i < D; i++) part[i] += weight * load(kind, value, i);
         }
+    }
 }
 
 static void attend(const Model *m, const Layer *layer, int b, int group, int block, int position) {
