@@ -94,7 +94,7 @@ def read_chat_template(path: Path) -> str | None:
 
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 1 << 29  # what rendering may take
 RENDER = """
-import json, sys
+import json, os, sys
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.ext import Extension
 if not (given := sys.stdin.read()):
@@ -121,6 +121,8 @@ texts = [compiled.render(values) for values in conversations]
 if sum(map(len, texts)) > 500_000 + 10 * len(given):
     raise OverflowError("many times the text that was put in")
 json.dump(texts, sys.stdout)
+sys.stdout.flush()
+os._exit(0)  # somebody waits for the end, and tidying up would take 10 ms
 """
 
 
