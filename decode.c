@@ -1,9 +1,9 @@
 /*
-One token of a text, or of several, through SmolLM2 on a CPU: model.py's forward pass, written for the memory it reads.
+One token of a text, or of several, through SmolLM2 on a CPU: model.py's forward pass. step(), at the end, is all of it.
 
-decode.py compiles this file when it is first needed, in half a second, and calls step(). What one token costs is a
-walk over all weights, once, with two operations for each: the processor waits for memory. PyTorch adds to that some
-700 calls with a few microseconds each and products that were made for many rows; here there is one call, and each
+decode.py compiles this file when it is first needed and calls step(); the structs are laid out there once more: change
+both. A token costs a walk over all weights, once, with two operations for each: in bf16 the processor waits for memory.
+PyTorch adds to that some 700 calls with a few microseconds each and products that were made for many rows; here each
 thread reads its share of every matrix from front to back. Activations are fp32, and int8 where they meet int8 weights.
 
 Shapes: B texts, C hidden, I intermediate, H query heads, K key/value heads, G = H / K, D head dim, V vocabulary.
@@ -22,7 +22,7 @@ Shapes: B texts, C hidden, I intermediate, H query heads, K key/value heads, G =
 #include <arm_neon.h>
 #endif
 
-/* Every caller passes the kind as a constant, so that each inlined copy holds the code of one kind only. */
+/* The loops that take the time get the kind as a constant, so that each inlined copy holds the code of one kind. */
 enum { F32, BF16, INT8 };
 #define ALIGNED __attribute__((aligned(64)))
 #define INLINE static inline __attribute__((always_inline))
@@ -49,7 +49,7 @@ typedef struct {
 } Model;
 
 /* ---------------------------------------------------------------------------------------------------------------------
-   numbers of each kind, and the sum of their products: the loops that take the time, left to the compiler to vectorise */
+   numbers of each kind, and the sums of their products: the loops that take the time */
 
 INLINE float load(int kind, const void *data, long i) {
     if (kind == F32) return ((const float *)data)[i];
@@ -91,19 +91,19 @@ INLINE void dots(int kind, const void *row, int B, const float *x, int n, float 
     for (; B > 0; B--, x += n, y += stride) *y = dot(kind, row, 0, x, n);
 }
 
-/* int8 weights meet activations that are int8 too, with a scale for every BYTES_BLOCK of them: four products of bytes and
-   their sum are one instruction on most processors, where widening the weights takes longer than the memory does. */
+/* int8 weights meet activations that are int8 too, with a scale for every BYTES_BLOCK of them: four products of bytes
+   and their sum are one instruction on most processors, where widening the weights takes longer than memory does. */
 #define BYTES_BLOCK 32
 typedef float Floats __attribute__((vector_size(64), aligned(4))); /* GCC and Clang compute with these types, in */
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4))); /* whatever vectors the processor has */
 
 INLINE Ints dot_of_four(Ints w, Ints x) { /* word by word: the sum of the products of its four signed bytes, exactly */
 #if defined(__AVX512VNNI__) && !defined(PLAIN)
-    /* the instruction wants w unsigned: w + 128, and what that adds is taken off */
+    /* the instruction wants w unsigned: w + 128 (xor 128), and the 128 x that this adds is taken off */
     __m512i a = (__m512i)w, b = (__m512i)x, zero = _mm512_setzero_si512(), top = _mm512_set1_epi8(-128);
     return (Ints)_mm512_dpbusd_epi32(zero, _mm512_xor_si512(a, top), b) - (Ints)_mm512_dpbusd_epi32(zero, top, b);
 #elif defined(__AVX2__) && !defined(PLAIN)
-    /* the sign of w goes to x; no sum of two products of 127 x 127 leaves 16 bits */
+    /* the sign of w goes to x; no w is -128 (quantize.py), so no sum of two products leaves 16 bits */
     Ints sums;
     for (int half = 0; half < 2; half++) {
         __m256i a = _mm256_loadu_si256((__m256i *)&w + half), b = _mm256_loadu_si256((__m256i *)&x + half);
@@ -125,12 +125,12 @@ INLINE Ints dot_of_four(Ints w, Ints x) { /* word by word: the sum of the produc
 #endif
 }
 
-INLINE void to_bytes(const float *x, int n, int8_t *bytes, float *scale) { /* a block's scale for every four: a lane */
+INLINE void to_bytes(const float *x, int n, int8_t *bytes, float *scale) { /* one scale for every four bytes: a lane */
     for (int from = 0; from < n; from += BYTES_BLOCK) {
         int to = from + BYTES_BLOCK < n ? from + BYTES_BLOCK : n;
         float largest = 0, nan = 0;
         for (int i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest, nan += x[i] * 0;
-        if (nan != 0) largest = 0; /* one of them is infinite or no number, else nan is 0: what comes of it is no number */
+        if (nan != 0) largest = 0; /* x * 0 is NaN where x is infinite or NaN: then the scale is NaN, too */
         float back = largest > 1e-30f ? 127 / largest : 0;
         for (int i = from; i < to; i++) bytes[i] = back ? x[i] * back + (x[i] < 0 ? -0.5f : 0.5f) : 0; /* rounds */
         for (int i = from; i < to; i += 4) scale[i / 4] = largest / 127 + nan;
@@ -153,8 +153,8 @@ INLINE float dot_bytes(const int8_t *w, const int8_t *x, const float *scale, int
 /* ---------------------------------------------------------------------------------------------------------------------
    the parts */
 
-/* While a row is computed with, have the bytes fetched that come AHEAD bytes after it: the processor looks ahead itself,
-   but only to the end of a page of 4 KB. Returns where the row is: `start` numbers of `size` bytes into the data. */
+/* Where a row of n numbers of `size` bytes is, and a request for what lies AHEAD bytes after it: the processor looks
+   ahead itself, but only to the end of a page of 4 KB. Addresses behind the data do no harm. */
 #define AHEAD 8192
 INLINE const void *fetch(const void *data, long start, int n, int size) {
     const char *row = (const char *)data + start * size;
@@ -164,16 +164,16 @@ INLINE const void *fetch(const void *data, long start, int n, int size) {
 
 /* rows from .. to - 1 of y = m x, for B vectors x of m->columns numbers and y of m->rows */
 static void multiply(const Matrix *m, int B, const float *x, float *y, int from, int to) {
-    int n = m->columns, copied = m->kind == INT8 ? B * n : 4; /* n is a multiple of 4 */
+    int n = m->columns, N = m->rows, copied = m->kind == INT8 ? B * n : 4; /* no array may be empty */
     int8_t bytes[copied] ALIGNED;
     float scale[copied / 4] ALIGNED;
     for (int b = 0; b < B && m->kind == INT8; b++) to_bytes(x + b * n, n, bytes + b * n, scale + b * n / 4);
-    for (long r = from; r < to && m->kind == F32; r++) dots(F32, fetch(m->data, r * n, n, 4), B, x, n, y + r, m->rows);
-    for (long r = from; r < to && m->kind == BF16; r++) dots(BF16, fetch(m->data, r * n, n, 2), B, x, n, y + r, m->rows);
+    for (long r = from; r < to && m->kind == F32; r++) dots(F32, fetch(m->data, r * n, n, 4), B, x, n, y + r, N);
+    for (long r = from; r < to && m->kind == BF16; r++) dots(BF16, fetch(m->data, r * n, n, 2), B, x, n, y + r, N);
     for (long r = from; r < to && m->kind == INT8; r++) {
         const int8_t *row = fetch(m->data, r * n, n, 1);
         for (int b = 0; b < B; b++)
-            y[(long)b * m->rows + r] = dot_bytes(row, bytes + b * n, scale + b * n / 4, n) * m->scale[r];
+            y[(long)b * N + r] = dot_bytes(row, bytes + b * n, scale + b * n / 4, n) * m->scale[r];
     }
 }
 
@@ -193,13 +193,14 @@ static void rotate(float *x, const float *cos, const float *sin, int D) { /* RoP
 }
 
 /* e^x for x <= 0, as 2^k e^r with a whole k and |r| <= ln(2) / 2: plain arithmetic, so that a loop of it is vectorised,
-   which expf() would prevent. Off by at most 2e-7, and by 5e-6 of the value, but no value is below 2^-101: a softmax
-   does not see such weights, and numbers without leading zeros are faster. */
+   which expf() would prevent. Off by at most 2e-7, relatively 5e-6, but no value is below e^-69: a softmax does not see
+   such weights, and subnormal numbers would be slow. */
 INLINE float exp_below_0(float x) {
+    x = x < -69 ? -69 : x;
     int32_t k = x * 1.44269504f - 0.5f; /* to the nearest, x being negative */
     float r = x - k * 0.693147181f;
     float e = 1 + r * (1 + r * (0.5f + r * (0.16666667f + r * (0.041665795f + r * (0.0083334519f + r * 0.0013937f)))));
-    int32_t power = ((k < -100 ? -100 : k) + 127) << 23;
+    int32_t power = (k + 127) << 23;
     float scale;
     memcpy(&scale, &power, 4);
     return e * scale;
@@ -210,7 +211,7 @@ INLINE float silu(float x) {
     return x * (x < 0 ? e : 1) / (1 + e);
 }
 
-/* BLOCK, of positions, is the same whatever the number of threads, so that this changes no sum; decode.py defines it */
+/* BLOCK positions are one piece of work. decode.py defines it; with the number of threads it would change the sums. */
 
 INLINE void attend_in(int kind, int D, const Model *m, const Layer *layer, int b, int group, int block, int position) {
     /* One key/value head of text b with its G query heads over one block of positions, so that each is read once.
@@ -270,7 +271,7 @@ static void merge(const Model *m, int b, int blocks, float *attended) { /* the p
 
 static void project(const Model *m, const Layer *layer, const float *x, int head, int position) {
     /* One head of the queries, keys or values, counted in this order: queries and keys are rotated, keys and values go
-       to the cache. multiply() fills the rows of this head. */
+       to the cache. multiply() fills the rows of this head alone, in the place that they have among all heads. */
     int D = m->D, H = m->H, K = m->K, query = head < H, key = !query && head < H + K;
     float own[m->B * K * D], *y = query ? m->q : own;
     int i = query ? head : (head - H) % K;
@@ -286,26 +287,25 @@ static void project(const Model *m, const Layer *layer, const float *x, int head
 /* ---------------------------------------------------------------------------------------------------------------------
    the whole: each thread does its share of the rows, and waits for the others where the next part needs all of them */
 
-#define FROM_TO(n) (long)(n) * thread / threads, (long)(n) * (thread + 1) / threads /* this thread's share of n rows */
+#define FROM_TO(n) (long)(n) * thread / threads, (long)(n) * (thread + 1) / threads /* two arguments: its share of n */
 #define SHARE(n, i) for (long i = (long)(n) * thread / threads; i < (long)(n) * (thread + 1) / threads; i++)
 
-void step(const Model *m, const int *tokens, int position, float *logits) { /* B tokens; logits (B, V) */
+void step(const Model *m, const int *tokens, int position, float *logits) { /* logits (B, V) */
     int B = m->B, C = m->C, I = m->I, H = m->H, K = m->K, blocks = position / BLOCK + 1;
+    const Matrix *e = &m->embed_tokens;
     float *x = m->x; /* the residual stream */
 
-    /* each token's row of the embedding */
+    /* each token's row of the embedding; all texts stand at the same position */
     for (int b = 0; b < B; b++)
-        for (int i = 0; i < C; i++) {
-            const Matrix *e = &m->embed_tokens;
-            x[b * C + i] = load(e->kind, e->data, (long)tokens[b] * C + i) * (e->kind == INT8 ? e->scale[tokens[b]] : 1);
-        }
+        for (int i = 0; i < C; i++)
+            x[b * C + i] = load(e->kind, e->data, (long)tokens[b] * C + i) * (e->scale ? e->scale[tokens[b]] : 1);
 #pragma omp parallel num_threads(m->threads)
     {
         int thread = 0, threads = 1;
 #ifdef _OPENMP
         thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-        /* each thread computes its own, and waits for nobody; aligned, since a vector across two cache lines costs double */
+        /* a thread's own; of y it fills its share alone. Aligned: a vector across two cache lines costs double. */
         float normed[B * C] ALIGNED, attended[B * H * m->D] ALIGNED, y[B * (C > I ? C : I)] ALIGNED;
 
         for (int l = 0; l < m->L; l++) {

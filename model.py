@@ -4,7 +4,7 @@ SmolLM2 in plain PyTorch: the architecture, from RMSNorm to the whole model, wit
     python model.py                          # parameter counts of the three released shapes
 
     from checkpoint import load              # the weights come from a directory; checkpoint.py reads and writes those
-    model, tokenizer = load("out/smol_shakespeare")
+    model, tokenizer = load("out/tiny_shakespeare")
     logits, loss = model(input_ids, targets)
 
 SmolLM2 is a Llama: token embedding, then blocks of (RMSNorm, grouped-query attention with rotary positions,

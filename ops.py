@@ -1,9 +1,9 @@
 """
-The same mathematics in fewer bytes. Each function has a plain twin, named beside it; tests hold the two together.
+The same mathematics, sooner. What has a plain twin names it, and tests hold the two together.
 
-A training step or a long prompt spends its time in matrix products and in moving what is around them. Two keep large
-intermediate tensors out of memory: the halves of SwiGLU, and the logits of the loss. One says when bfloat16 weights are
-better multiplied in fp32.
+A training step or a long prompt spends its time in matrix products and in moving what is around them. swiglu and
+cross_entropy_in_pieces keep large intermediate tensors out of memory; worth_widening says when a bfloat16 or int8 model
+is better computed in fp32.
 
 Shapes: B batch, T time, C hidden, V vocabulary, N = B * T.
 """
@@ -14,7 +14,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-WIDEN_FROM = 64  # tokens at which a bfloat16 model goes through fp32 in less time, where that is the faster
+WIDEN_FROM = 64  # from this many tokens on, layers run in fp32 where its products are faster (docs/performance.md)
 LOSS_ROWS = 512  # tokens whose logits are held at once
 SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CPU: 6 MB at a vocabulary of 49,152
 
@@ -46,7 +46,8 @@ def worth_widening(x) -> bool:
 @cache
 def float32_is_faster() -> bool:
     """Whether products of fp32 take less time than those of bfloat16 here. Some processors do bfloat16 at twice the
-    speed, some at half: an Intel Xeon with AVX512-BF16 and without AMX. 30 ms, once a process."""
+    speed, some at half: an Intel Xeon with AVX512-BF16 and without AMX. 30 ms, once a process. Where the two are close,
+    two processes may decide differently, and a text in bfloat16 may then differ by rounding."""
     took = {}
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)

@@ -2,12 +2,12 @@
 Text from a model: from logits to the next token, generate(), and the command that prints text as it comes.
 
     python sample.py                                                    # the newest run under out/
-    python sample.py --model=out/smol_shakespeare --prompt="ROMEO:" --num_samples=3 --temperature=0.7 --top_k=50
+    python sample.py --model=out/tiny_shakespeare --prompt="ROMEO:" --num_samples=3 --temperature=0.7 --top_k=50
     python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt="Gravity is" --dtype=bfloat16
 
     from checkpoint import load
     from sample import generate
-    model, tokenizer = load("out/smol_shakespeare")
+    model, tokenizer = load("out/tiny_shakespeare")
     for ids in generate(model, tokenizer.encode("ROMEO:").ids, max_new_tokens=100): ...     # (B,) ids a step
 
 generate() is the only sampler: chat.py, app.py, bench.py, train.py and the tests share it.
@@ -49,8 +49,8 @@ class Settings:
     seed: Seed = 1337  # sample i uses seed + i, so one sample can be had again alone
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is what the file holds
-    use_c: bool = True  # on a CPU, decode.c computes the tokens after the prompt; False: model.py, four times slower
-    compile: Literal["on", "off"] = "off"  # on a GPU: half a minute of torch.compile first, then faster tokens
+    use_c: bool = True  # on a CPU, decode.c computes the tokens after the prompt; False: model.py, several times slower
+    compile: Literal["on", "off"] = "off"  # on a GPU: torch.compile first, then faster tokens (not run by us)
     quantize: Literal["", "int8"] = ""  # int8: weights of one byte, so that decode.c reads half of what bfloat16 takes
 
 
