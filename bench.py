@@ -16,8 +16,8 @@ machine showed during the whole run, so that a slow moment of it bounds nothing.
 The last line of stdout is one JSON object.
 """
 
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -478,7 +478,7 @@ def contenders_for(
     work: str, vs: list[str], device: str, folder: str, ggufs: str, dtype=None, llama_bench: str = ""
 ) -> dict[str, tuple]:
     """Who does this work: (function, *arguments) by name. folder: of the model; ggufs: of the same as GGUF files;
-    dtype: of the products in training; llama_bench: the program, or empty."""
+    dtype: of the products that are fastest here; llama_bench: the program, or empty."""
 
     def folder_of(who):
         return ggufs if who in FILES else folder
@@ -598,9 +598,11 @@ def main():
 def write_ggufs(folder: Path, temporary: Path, vs: list[str]) -> list[str]:
     """Write the same weights for the peers that read GGUF files; return `vs` without those that are not installed."""
     for who in [v for v in vs if v in FILES]:
-        missing = [p for p in PACKAGES[who].split() if importlib.util.find_spec(p.replace("-", "_")) is None]
-        if missing:
-            print(f"{who} is left out: no {' and no '.join(missing)}. pip install {PACKAGES[who]}", file=sys.stderr)
+        try:
+            for package in PACKAGES[who].split():
+                importlib.import_module(package.replace("-", "_"))
+        except ImportError as error:
+            print(f"{who} is left out: {error}. pip install {PACKAGES[who]}", file=sys.stderr)
             vs = [v for v in vs if v != who]
     kinds = {kind for v in vs if v in FILES for kind in FILES[v]}
     if kinds:

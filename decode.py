@@ -99,8 +99,11 @@ def reason_against(model: SmolLM2) -> str:
     if model.dtype not in KINDS:
         return f"decode.c reads float32, bfloat16 and int8, not {str(model.dtype)[6:]}"
     c = model.config
-    if any(n % 4 for n in (c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)):
+    sizes = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
+    if any(n % 4 for n in sizes):
         return "decode.c needs sizes that are multiples of 4"
+    if max(sizes) > 16384:  # of which it keeps MOST_ROWS on a thread's stack
+        return "decode.c is for widths up to 16,384"
     return compiling_fails()
 
 
@@ -141,7 +144,8 @@ class Decoder:
             norm=self.floats(model.norm.weight), embed_tokens=embedding, layers=self.layers,
             head=embedding if model.lm_head is None else self.matrix(model.lm_head),
         )  # fmt: skip
-        self.buffers = self.room = None  # the cache's first pair, by which a cache that has grown is recognised
+        self.buffers = None  # the keys of the cache's first layer, by which a cache that has grown is recognised
+        self.room = {}  # what decode.c works in, for as many rows as the cache has
         self.alone_took, self.alone_for, self.pause = None, 0, 16  # see pick_threads()
 
     def floats(self, tensor) -> int:
@@ -158,11 +162,13 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, tokens: list[int], cache: KVCache, position: int):
-        if not 0 <= min(tokens) <= max(tokens) < self.c.V or position < 0:  # decode.c would leave the tensors
+        # decode.c would leave the tensors
+        if not tokens or not 0 <= min(tokens) <= max(tokens) < self.c.V or position < 0:
             raise IndexError(f"tokens {tokens} at position {position}: the vocabulary is 0 .. {self.c.V - 1}")
+        if len(tokens) != (rows := cache.layers[0][0].size(0)):
+            raise IndexError(f"{len(tokens)} tokens for a cache of {rows} rows")
         cache.reserve(position + 1)
         self.attach(cache)
-        assert len(tokens) == self.c.B, f"{len(tokens)} tokens for a cache of {self.c.B} rows"
         if self.check and self.model not in checked:
             return first_token(self, tokens, cache, position)
         return self.step(tokens, position)
@@ -174,6 +180,8 @@ class Decoder:
             return
         assert buffers.dtype == self.model.dtype, f"a cache of {buffers.dtype}"
         self.buffers, c = buffers, self.c
+        if c.B not in (0, len(buffers)):
+            self.alone_took, self.alone_for, self.pause = None, 0, 16  # more rows take longer
         c.B, c.capacity = len(buffers), buffers.size(2)
         sizes = dict(x=c.C, q=c.H * c.D, hidden=c.I, parts=-(-c.capacity // BLOCK) * c.H * (c.D + 2))
         self.room = {name: torch.empty(c.B * size, dtype=torch.float32) for name, size in sizes.items()}
@@ -205,7 +213,7 @@ class Decoder:
         if self.alone_took is None:
             self.alone_took = took
         elif self.alone_for:
-            self.alone_for -= 1
+            self.alone_for, self.alone_took = self.alone_for - 1, took  # it takes longer as the text grows
         elif took > 2 * self.alone_took:  # less than that may have been a hiccup
             self.alone_for, self.pause = self.pause, min(2 * self.pause, 1024)
         else:

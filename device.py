@@ -19,6 +19,7 @@ from config import UserError
 import torch
 import torch.distributed as dist
 
+import ops
 from model import SmolLM2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,10 +77,9 @@ def pick_autocast(name: str, device: str) -> tuple[torch.dtype, str]:
         has = torch.cpu.get_capabilities()
         for feature in ("amx_bf16", "avx512_bf16", "bf16"):
             if has.get(feature):
-                bf16, fp32 = (peak_flops(device, dtype)[0] for dtype in (torch.bfloat16, torch.float32))
-                if bf16 < fp32:
-                    return torch.float32, f"the CPU has {feature}, at {bf16 / fp32:.1f} times the speed of float32"
-                return torch.bfloat16, f"the CPU has {feature}, at {bf16 / fp32:.1f} times the speed of float32"
+                speed = ops.bfloat16_speed()
+                dtype = torch.float32 if speed < 1 else torch.bfloat16
+                return dtype, f"the CPU has {feature}, at {speed:.1f} times the speed of float32"
         return torch.float32, "the CPU has no bfloat16"
     return torch.float32, f"float32 is the safe choice on {device}"
 

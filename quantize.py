@@ -7,7 +7,7 @@ int8 weights: one byte a weight instead of two, from outside the model.
 Generating one token reads every weight once and does little else, so half the bytes is half the time. That holds in
 decode.c, which reads the int8 numbers directly. Each matrix becomes int8 numbers with one scale per row, and its module
 is replaced by one that widens the matrix before it multiplies, which saves memory but no time. Activations run in
-bfloat16.
+bfloat16, or in fp32 where that is faster (ops.worth_widening).
 
 Shapes: N rows, C columns of a matrix; B batch, T time, V vocabulary.
 """

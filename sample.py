@@ -117,14 +117,15 @@ def next_token(
 # generating
 
 MOST_PROMPT = 10_000_000  # characters
-PREFILL_CHUNK = 2048  # prompt tokens per forward pass: it holds 25 MB of the MLP's features at a width of 576
+PREFILL_CHUNK = 2048  # prompt tokens per forward pass: 25 MB of the MLP's features at 135M, in fp32
 
 
 @torch.inference_mode()
 def prefill(model, ids, cache, start: int = 0):
     """Run ids (B, T) through the model into the cache, in chunks; the logits of the last position, (B, V)."""
-    for a in range(0, ids.size(1), PREFILL_CHUNK):
-        chunk = ids[:, a : a + PREFILL_CHUNK]
+    width = max(1, PREFILL_CHUNK // len(ids))
+    for a in range(0, ids.size(1), width):
+        chunk = ids[:, a : a + width]
         logits, _ = model(chunk, cache=cache, start=start + a, logits_to_keep=1)
     return logits[:, -1]
 
@@ -139,7 +140,7 @@ def generate(
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
-    use_c: up to 16 rows on a CPU go through decode.c once the prompt is read; same logits but for rounding.
+    use_c: up to MOST_ROWS rows on a CPU go through decode.c after the prompt, same logits but for rounding.
     cache, cached: a cache that holds the first `cached` of the prompt's ids already, as a conversation's does; what is
     read goes there. By default a new one.
     stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has

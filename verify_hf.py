@@ -410,20 +410,22 @@ def greedy(hf, model, ids) -> Iterator[Row]:
     count = min(64, model.config.max_position_embeddings - T)  # transformers does not stop at the end of the context
     hf.set_attn_implementation("eager")
     theirs = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)[:, T:]
-    steps = list(generate(model, ids, count, temperature=0, stop_ids=[], with_logits=True))
+    steps = list(generate(model, ids, count, temperature=0, stop_ids=[], with_logits=True, use_c=False))
     ours = torch.stack([i for i, _ in steps], dim=1)
     first, second = torch.stack([x for _, x in steps]).topk(2).values.unbind(-1)
     same = int((theirs == ours).sum()) if theirs.shape == ours.shape else 0
     cells = theirs.numel(), same, f"{(first - second).min():.1e}"  # how close a choice of token ever was
     yield Row(f"{len(ids)} prompts, {count} tokens each", cells, same == theirs.numel() == len(ids) * count)
-    name = f"the first prompt alone ({'model.py' if reason_against(model) else 'decode.c'})"
-    try:
-        alone = [int(i) for i in generate(model, ids[0], count, temperature=0, stop_ids=[])]
-    except UserError as error:  # decode.c and model.py disagree on the first token
-        yield Row(name, (count, 0), False, str(error))
-        return
-    same = sum(a == b for a, b in zip(theirs[0].tolist(), alone))
-    yield Row(name, (count, same), same == count)
+    by = "model.py" if reason_against(model) else "decode.c"
+    for name, prompts in ((f"the same ({by})", ids), (f"the first prompt alone ({by})", ids[:1])):
+        cells = len(prompts) * count
+        try:
+            found = torch.stack(list(generate(model, prompts, count, temperature=0, stop_ids=[])), dim=1)
+        except UserError as error:  # decode.c and model.py disagree on the first token
+            yield Row(name, (cells, 0), False, str(error))
+            return
+        same = int((theirs[: len(prompts)] == found).sum()) if len(found.T) == count else 0
+        yield Row(name, (cells, same), same == cells)
 
 
 STRINGS = [  # where tokenizers go wrong

@@ -62,9 +62,9 @@ def fallen() -> dict[str, str]:
     )  # fmt: skip
     try:
         stdout, stderr = done.communicate(timeout=600)
-    except subprocess.TimeoutExpired:  # have all its processes say where they are
+    except subprocess.TimeoutExpired:  # have it and its workers say where they are
         os.killpg(done.pid, signal.SIGABRT)
-        stdout, stderr = done.communicate()
+        stdout, stderr = done.communicate(timeout=60)
     assert f"{len(CROSS_SECTION)} cases, " in stdout, stdout + stderr
     lines = [line.removeprefix("FELL ") for line in stdout.splitlines() if line.startswith("FELL ")]
     found = dict(line.split(": ", 1) for line in lines)

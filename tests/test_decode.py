@@ -108,18 +108,19 @@ def test_the_logits_are_those_of_the_plain_pass(kind, shape, threads, monkeypatc
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", ["grouped", "no multiple of 16", "wide"])
-@pytest.mark.parametrize("rows", [2, 5, 13])
+@pytest.mark.parametrize("rows", [2, 8, 13, 16])
 def test_several_texts_at_a_time_are_each_alone(rows, shape, kind):
-    """Every row of a batch gets, bit for bit, the logits that it gets alone: company changes no text, in a group of 8
-    or as one of the rest. Across a block of positions, too. Negative control: another row's logits."""
+    """Every row of a batch gets the logits that it gets alone, bit for bit as GCC compiles it for x86: company changes
+    no text, in a group of 8 or as one of the rest. Across a block of positions, too. Negative control: another row."""
     model, _ = pair(kind, **SHAPES[shape], max_position_embeddings=140)
     ids = torch.randint(3, 512, (rows, 140), generator=torch.Generator().manual_seed(4))
     decoder, cache = Decoder(model), KVCache(model.config, rows, dtype=model.dtype)
     together = torch.stack([decoder(column.tolist(), cache, n) for n, column in enumerate(ids.T)], dim=1)  # (B, T, V)
     for row in (0, rows // 2, rows - 1):
-        assert torch.equal(together[row], decoded(model, ids[row : row + 1]))
+        alone = decoded(model, ids[row : row + 1])
+        assert (together[row] - alone).abs().max() <= (0 if platform.machine() == "x86_64" else 1e-3)
         assert not torch.equal(together[row, 1:], together[(row + 1) % rows, 1:])
-    with pytest.raises(AssertionError, match="1 tokens for a cache of"):
+    with pytest.raises(IndexError, match="1 tokens for a cache of"):
         decoder([5], cache, 139)
 
 
@@ -165,18 +166,20 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 
 
 def test_on_a_busy_machine_it_goes_alone_for_a_while(monkeypatch):
-    """Where together takes twice as long as alone, 16 tokens go alone, then 32, until together pays again."""
+    """Where together takes twice as long as alone, 16 tokens go alone, then 32, until together pays again; alone takes
+    longer, too, as the text grows. Another number of rows is timed anew."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model, _ = pair("float32", max_position_embeddings=128)
     decoder, cache, threads = Decoder(model), KVCache(model.config, 1), []
+    real = Decoder.learn_from
+    took = {1: lambda n: 1 if n < 30 else 2, 2: lambda n: 3}  # seconds on so many threads
+    monkeypatch.setattr(Decoder, "learn_from", lambda self, _: real(self, took[self.c.threads](len(threads))))
     for n in range(60):
-        if n == 1:
-            decoder.alone_took = 0.0  # nothing is that quick: the machine is as good as busy
-        if n == 50:
-            decoder.alone_took = math.inf
         decoder([5], cache, n)
         threads.append(decoder.c.threads)
     assert threads == [1, 2, *[1] * 16, 2, *[1] * 32, 2, *[2] * 8]
+    decoder([5, 5], KVCache(model.config, 2), 0)
+    assert decoder.c.threads == 1
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
@@ -420,7 +423,10 @@ def test_no_sanitizer_complains(elsewhere, tmp_path):
         "for kind in ('float32', 'bfloat16', 'int8'):\n"
         "    model = pair(kind, hidden_size=84, intermediate_size=140, head_dim=6, vocab_size=515)[0]\n"
         "    decoded(model)\n"
-        "    Decoder(model)([5] * 13, KVCache(model.config, 13, dtype=model.dtype), 0)\n"
+        "    decoder, cache = Decoder(model), KVCache(model.config, 13, dtype=model.dtype)\n"
+        "    decoder.alone_took = float('inf')\n"  # all threads
+        "    for position in range(64):\n"
+        "        decoder([5] * 13, cache, position)\n"
         "print('clean')\n"
     )
     library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()

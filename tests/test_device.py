@@ -32,7 +32,7 @@ def test_precision_goes_by_capability(capability, expected, monkeypatch):
 def test_bf16_on_a_cpu_must_be_faster_too(bf16, fp32, expected, monkeypatch):
     """An Intel Xeon of family 6, model 207 has avx512_bf16, and its products take twice as long as those in fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr(device, "peak_flops", lambda _, dtype: (bf16 if dtype == torch.bfloat16 else fp32, "measured"))
+    monkeypatch.setattr(device.ops, "bfloat16_speed", lambda: bf16 / fp32)
     assert pick_autocast("auto", "cpu")[0] == expected
 
 

@@ -62,7 +62,7 @@ def test_a_long_prompt_may_go_through_fp32(kind, monkeypatch):
     ids = torch.randint(0, 512, (1, 128))
 
     def error(faster: bool, least: int = 64):
-        monkeypatch.setattr(ops, "float32_is_faster", lambda: faster)
+        monkeypatch.setattr(ops, "bfloat16_speed", lambda: 0.5 if faster else 1.0)
         monkeypatch.setattr(ops, "WIDEN_FROM", least)
         cache = KVCache(model.config, 1, dtype=torch.bfloat16)
         parts = [model(ids[:, a : a + 64], cache=cache, start=a)[0] for a in (0, 64)]
@@ -74,7 +74,14 @@ def test_a_long_prompt_may_go_through_fp32(kind, monkeypatch):
         wide, narrow = error(True), error(False)
         assert max(wide) < 0.7 * min(narrow)
         assert error(True, least=129)[0] == narrow[0]  # too short to pay
-    assert not ops.worth_widening(torch.empty(1, 128, 1)), "training computes in what autocast says"
+        error(True)
+        x, documents = torch.empty(1, 128, 1), (torch.arange(128)[None] > 70).long()
+        assert ops.worth_widening(x)
+        apart = model(ids, documents=documents)[0][:, 71:]
+        assert (apart.float() - exact(ids[:, 71:])[0]).square().mean().sqrt() < 2 * wide[0]  # walls in fp32, too
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not ops.worth_widening(x), "which casts weights itself, and keeps what it has cast"
+    assert not ops.worth_widening(x), "training computes in what autocast says"
 
 
 def test_swiglu_is_silu_of_the_gate_times_up():
