@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -112,3 +113,15 @@ def test_threads_are_told_how_to_wait_before_torch_is_loaded(script):
 def test_the_users_own_way_of_waiting_is_left_alone():
     assert spin_when_torch_loads("import sample", GOMP_SPINCOUNT="7") == "7"
     assert spin_when_torch_loads("import sample", OMP_WAIT_POLICY="passive") == "None"
+
+
+def test_the_lines_that_the_readme_counts_are_nearly_there():
+    """A reader chooses by them what to read: none is off by more than a twentieth."""
+    counted = 0
+    for names, lines in re.findall(r"^\| (\[[^|]+) \| (\d+(?: \+ \d+)*) \|", (ROOT / "README.md").read_text(), re.M):
+        files = re.findall(r"\]\(([\w.]+)\)", names)
+        for file, said in zip(files, map(int, lines.split(" + ")), strict=True):
+            there = len((ROOT / file).read_text().splitlines())
+            assert abs(there - said) <= 0.05 * there, f"{file} has {there} lines, README.md says {said}"
+            counted += 1
+    assert counted > 20
