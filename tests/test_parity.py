@@ -119,8 +119,8 @@ def test_gradients_leave_nothing_behind(sides):
 def test_cache_and_greedy_text(sides):
     """One prefill, chunks, token by token; prompts below, at and beyond the context; generate() on both sides."""
     rows = rows_of(*sides, "cache", "greedy")
-    assert not failed(rows) and len(rows) == 11
-    assert rows[-2].cells[:2] == (3 * 55, 3 * 55)  # as many as a context of 64 leaves after 9
+    assert not failed(rows) and len(rows) == 12
+    assert rows[-3].cells[:2] == rows[-2].cells[:2] == (3 * 55, 3 * 55)  # as many as a context of 64 leaves after 9
 
 
 @pytest.mark.parametrize("B", [1, 3])
