@@ -144,6 +144,7 @@ def prefilling(who: str, device: str, folder: str, dtype: torch.dtype):
         engine = engine_for(who, folder, False, dtype)
         yield
         while True:
+            # two tokens: OpenVINO's time per token needs a second one
             yield engine.complete(ids[0].tolist(), 2)["prompt_per_second"]
     if who == "hf":
         model = load_hf(folder, device)

@@ -193,8 +193,8 @@ static void rotate(float *x, const float *cos, const float *sin, int D) { /* RoP
 }
 
 /* e^x for x <= 0, as 2^k e^r with a whole k and |r| <= ln(2) / 2: plain arithmetic, so that a loop of it is vectorised,
-   which expf() would prevent. Off by at most 2e-7, relatively 5e-6, but no value is below e^-69: a softmax does not see
-   such weights, and subnormal numbers would be slow. */
+   which expf() would prevent. Off by at most 2e-7, relatively 5e-6, but no value is below e^-69: neither a softmax nor
+   silu() sees the difference, and subnormal numbers would be slow. */
 INLINE float exp_below_0(float x) {
     x = x < -69 ? -69 : x;
     int32_t k = x * 1.44269504f - 0.5f; /* to the nearest, x being negative */

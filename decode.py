@@ -32,7 +32,7 @@ from model import KVCache, SmolLM2
 SOURCE = Path(__file__).with_name("decode.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 BLOCK = 128  # positions that attention goes through at a time
-MOST_ROWS = 16  # texts at a time: for more, PyTorch's products are as fast
+MOST_ROWS = 16  # texts at a time, since their activations are on each thread's stack
 
 
 class Matrix(ctypes.Structure):

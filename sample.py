@@ -140,7 +140,7 @@ def generate(
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
-    use_c: up to MOST_ROWS rows on a CPU go through decode.c after the prompt, same logits but for rounding.
+    use_c: up to MOST_ROWS rows on a CPU go through decode.c after the prompt, same logits to rounding; False: none.
     cache, cached: a cache that holds the first `cached` of the prompt's ids already, as a conversation's does; what is
     read goes there. By default a new one.
     stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has
