@@ -59,7 +59,8 @@ from sample import generate, prefill
 @dataclass
 class Settings:
     only: str = ""  # which work, comma-separated: train, train_full_vocab, prefill, decode, decode_2048, decode_int8,
-    #                 encode, startup, busy; empty: these. Also decode_512, decode_4000, decode_int8_2048, decode_8_rows
+    #                 encode, startup, busy; empty: these. Also prefill_int8, decode_8_rows, decode_512, decode_4000,
+    #                 decode_int8_512, decode_int8_2048, decode_int8_4000
     vs: str = "hf,llamacpp,openvino"  # beside which others: these, or none
     llama_bench: str = (
         ""  # llama-bench of a native build of llama.cpp, measured beside the wheel where --vs has llamacpp;
@@ -71,14 +72,16 @@ class Settings:
 
 
 WORKS = "train train_full_vocab prefill decode decode_2048 decode_int8 encode startup busy".split()
-MORE = "decode_512 decode_4000 decode_int8_2048 decode_8_rows".split()  # too long to be measured every time
+# too long to be measured every time
+MORE = "prefill_int8 decode_8_rows decode_512 decode_4000 decode_int8_512 decode_int8_2048 decode_int8_4000".split()
 UNITS = dict.fromkeys(WORKS + MORE, "tok/s") | {"encode": "MB/s", "startup": "s", "busy": "x"}
 TRAIN_SHAPE = {"train": (5000, 4, 256), "train_full_vocab": (49152, 2, 512)}  # vocabulary, rows, tokens per row
 PREFILL = 512  # tokens
 NEW = 64  # decoding: tokens generated
 DECODE = {  # tokens of prompt, rows
     "decode": (16, 1), "decode_512": (512, 1), "decode_2048": (2048, 1), "decode_4000": (4000, 1),
-    "decode_int8": (16, 1), "decode_int8_2048": (2048, 1), "decode_8_rows": (16, 8),
+    "decode_int8": (16, 1), "decode_int8_512": (512, 1), "decode_int8_2048": (2048, 1), "decode_int8_4000": (4000, 1),
+    "decode_8_rows": (16, 8),
 }  # fmt: skip
 BUSY = "training reading writing".split()
 SPINNING = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with its parent
@@ -137,11 +140,12 @@ def training(who: str, device: str, vocab: int, rows: int, T: int, dtype: torch.
         yield rate(2)
 
 
-def prefilling(who: str, device: str, folder: str, dtype: torch.dtype):
-    """A prompt of PREFILL tokens, batch 1, bf16, into an empty cache. dtype: of the products that are fastest here."""
+def prefilling(who: str, device: str, folder: str, int8: bool, dtype: torch.dtype):
+    """A prompt of PREFILL tokens, batch 1, into an empty cache; bf16 or int8 weights. dtype: of the products that are
+    fastest here."""
     ids = torch.randint(0, 1000, (1, PREFILL), generator=torch.Generator().manual_seed(0)).to(device)
     if who in FILES:
-        engine = engine_for(who, folder, False, dtype)
+        engine = engine_for(who, folder, int8, dtype)
         yield
         while True:
             # two tokens: OpenVINO's time per token needs a second one
@@ -155,6 +159,8 @@ def prefilling(who: str, device: str, folder: str, dtype: torch.dtype):
     else:
         keep_freed_memory()  # as sample.py does
         model = from_pretrained(folder, device, torch.bfloat16)
+        if int8:
+            quantize(model, "int8")
 
         def run():
             prefill(model, ids, KVCache(model.config, 1, device, torch.bfloat16))
@@ -278,7 +284,7 @@ def beside_others(who: str, device: str, folder: str, dtype: torch.dtype):
     would be 2 x; threads that wait for each other the wrong way make it 40 x."""
     work = {
         "training": lambda: training("ours_eager", device, 5000, 1, 128, dtype),
-        "reading": lambda: prefilling("ours", device, folder, dtype),
+        "reading": lambda: prefilling("ours", device, folder, False, dtype),
         "writing": lambda: decoding("ours", device, folder, False, 16, 1),
     }[who]()
     next(work)
@@ -485,32 +491,28 @@ def contenders_for(
         return ggufs if who in FILES else folder
 
     if work in TRAIN_SHAPE:
-        names = ["ours", *(v for v in vs if v == "hf")]
-        if work == "train":  # compiled with compiled, and eager with eager
-            names = [name for who in names for name in (who, {"ours": "ours_eager", "hf": "hf_compiled"}[who])]
+        names = ["ours", *(["ours_eager"] if work == "train" else []), *(["hf", "hf_compiled"] if "hf" in vs else [])]
         return {who: (training, who, device, *TRAIN_SHAPE[work], dtype) for who in names}
     if work == "encode":
         return {who: (encoding, who) for who in ("ours", "tokenizers")}
     if work == "startup":
         return {who: (starting, who, folder) for who in ("ours", *vs) if who not in FILES}
-    by_native = bool(llama_bench) and "llamacpp" in vs
-    if work == "prefill":
-        found = {who: (prefilling, who, device, folder_of(who), dtype) for who in ("ours", *vs)}
-        return found | (
-            {"llama_bench": (native, llama_bench, f"{ggufs}/bf16.gguf", PREFILL, 0, 0)} if by_native else {}
-        )
     if work == "busy":
         return {who: (beside_others, who, device, folder, dtype) for who in BUSY}
-    int8, (depth, rows) = "int8" in work, DECODE[work]
+    int8, (depth, rows) = "int8" in work, DECODE.get(work, (0, 1))
     names = ["ours", *(["ours_plain"] if work in ("decode", "decode_int8") else []), *vs]
     if int8:  # transformers has no int8 of this kind
         names = [who for who in names if who != "hf"]
     if rows > 1:  # these take their rows from several visitors
         names = [who for who in names if who not in FILES]
-    found = {who: (decoding, who, device, folder_of(who), int8, depth, rows) for who in names}
-    if by_native and rows == 1:
+    reads = work not in DECODE
+    if reads:
+        found = {who: (prefilling, who, device, folder_of(who), int8, dtype) for who in names}
+    else:
+        found = {who: (decoding, who, device, folder_of(who), int8, depth, rows) for who in names}
+    if llama_bench and "llamacpp" in vs and rows == 1:
         file = f"{ggufs}/{'q8_0' if int8 else 'bf16'}.gguf"
-        found["llama_bench"] = native, llama_bench, file, 0, NEW, depth
+        found["llama_bench"] = native, llama_bench, file, *((PREFILL, 0) if reads else (0, NEW)), depth
     return found
 
 
@@ -583,7 +585,7 @@ def main():
     started = time.time()
     with tempfile.TemporaryDirectory() as temporary:
         folder, weights = Path(temporary), {}
-        if {"prefill", "startup", "busy", *DECODE} & set(only):
+        if {"prefill", "prefill_int8", "startup", "busy", *DECODE} & set(only):
             if s.model:
                 folder = find(s.model)
             else:

@@ -77,6 +77,8 @@ def test_compiled_is_compared_with_compiled(capsys):
     assert list(bench.contenders_for("train", ["hf", "llamacpp"], "cpu", "", "")) == [
         "ours", "ours_eager", "hf", "hf_compiled",
     ]  # fmt: skip
+    assert list(bench.contenders_for("train_full_vocab", ["hf"], "cpu", "", "")) == ["ours", "hf", "hf_compiled"]
+    assert list(bench.contenders_for("train", [], "cpu", "", "")) == ["ours", "ours_eager"]
     found = {"ours": rounds(450), "ours_eager": rounds(400), "hf": rounds(380), "hf_compiled": rounds(430)}
     bench.print_card("train", bench.summary("train", found))
     lines = capsys.readouterr().out.splitlines()
@@ -161,6 +163,22 @@ def test_busy_programs_end_with_their_parent(tmp_path):
     spinner.wait(20)
 
 
+def test_every_work_measures_the_weights_it_names(monkeypatch):
+    """A row in int8 is of int8 weights, on our side and on that of the peers, and no other row is."""
+    for work in (*bench.DECODE, "prefill", "prefill_int8"):
+        found = bench.contenders_for(work, ["hf", "llamacpp"], "cpu", "model", "ggufs")
+        int8 = {arguments[3] for _, *arguments in found.values()}
+        assert int8 == {"int8" in work} and ("hf" in found) == ("int8" not in work)
+    quantized = []
+    monkeypatch.setattr(bench, "from_pretrained", lambda *_: tiny(vocab_size=1000).to(torch.bfloat16))
+    monkeypatch.setattr(bench, "quantize", lambda model, kind: quantized.append(kind))
+    monkeypatch.setattr(bench, "PREFILL", 8)
+    for int8 in (False, True):
+        contender = bench.prefilling("ours", "cpu", "", int8, torch.float32)
+        next(contender)
+        assert next(contender) > 0 and quantized == ["int8"] * int8
+
+
 def test_without_the_resource_module(monkeypatch, capsys):
     """Windows has none, and no /proc: the card then leaves the memory out."""
     monkeypatch.setitem(sys.modules, "resource", None)
@@ -180,7 +198,7 @@ def test_a_native_llama_bench_is_asked_for_the_same_work(tmp_path):
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho \'[{{"avg_ts": 12.5}}]\'\n')
     program.chmod(0o755)
     ask = lambda work, vs: bench.contenders_for(work, vs, "cpu", "model", "ggufs", None, str(program))  # noqa: E731
-    for work in ("prefill", "decode_int8", "decode_2048"):
+    for work in ("prefill", "prefill_int8", "decode_int8", "decode_2048"):
         function, *arguments = ask(work, ["llamacpp"])["llama_bench"]
         contender = function(*arguments)
         next(contender)
@@ -189,6 +207,7 @@ def test_a_native_llama_bench_is_asked_for_the_same_work(tmp_path):
     asked = [{flag: value for flag, value in zip(line[::2], line[1::2])} for line in asked]
     assert [(a["-m"], a["-p"], a["-n"], a["-d"]) for a in asked] == [
         ("ggufs/bf16.gguf", "512", "0", "0"),
+        ("ggufs/q8_0.gguf", "512", "0", "0"),
         ("ggufs/q8_0.gguf", "0", "64", "16"),
         ("ggufs/bf16.gguf", "0", "64", "2048"),
     ]
