@@ -502,8 +502,10 @@ def precision(path, truth, ids, device) -> Iterator[Row]:
     off = measure(torch.stack(hf.model.rotary_emb(tables[0], every))[:, 0], tables)
     yield judged("RoPE tables of a bf16 model", 0.0, off, FLOOR)
 
-    # one pass, token by token, and decode.c each round at other places
+    # one pass (which a CPU may compute in fp32: ops.worth_widening), shorter ones, token by token, and decode.c each
+    # round at other places
     T, few = ids.size(1), min(ids.size(1), 32)
+    pieces = [min(few, T - start) for start in range(0, T, few)]
     for bits in ("bf16", "int8"):
         if bits == "int8":
             quantize(model, "int8")
@@ -512,7 +514,8 @@ def precision(path, truth, ids, device) -> Iterator[Row]:
                     step = p.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
                     p.copy_((p / step).round() * step)
         theirs = [hf_logits(hf, ids, attention) for attention in ATTENTIONS]
-        ways = {f"{T} positions": model(ids)[0], f"{few} one by one": cached_logits(model, ids, (1,) * few)}
+        ways = {f"{T} positions": model(ids)[0], f"{T} in pieces of {few}": cached_logits(model, ids, pieces)}
+        ways[f"{few} one by one"] = cached_logits(model, ids, (1,) * few)
         if not reason_against(model):
             ways[f"{few} in decode.c"] = decoded_logits(model, ids[:, :few])
         for name, x in ways.items():

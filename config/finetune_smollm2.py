@@ -20,7 +20,7 @@ warmup_iters = 20
 weight_decay = 0.01
 
 eval_interval = 280  # the first evaluation is before step 1, so that you see where you start from
-eval_rows = 18  # of 36 on Shakespeare: an evaluation should not cost a tenth of the time
+eval_rows = 18  # of 36 on Shakespeare: an evaluation should not cost a tenth of the time; evaluate.py reads all
 log_interval = 10
 sample_interval = 280
 also_eval = "data/shakespeare/play.txt,data/general.txt"  # what it forgets meanwhile: printed at the end
