@@ -1133,6 +1133,29 @@ def driven(body, *flags, timeout=120):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+def test_no_thread_of_the_group_outlives_it(here):
+    """A thread of gloo's that is still there when Python ends can abort the process, and fail a run that is done. The
+    first figure is the control: while the run lasts there are such threads."""
+    done = driven(
+        "from pathlib import Path\n"
+        "def gloo(when):\n"
+        "    names = [(task / 'comm').read_text() for task in Path('/proc/self/task').iterdir()]\n"
+        "    os.write(2, f'\\n{when} {sum(\"gloo\" in name for name in names)}\\n'.encode())\n"
+        "real = train.loop\n"
+        "def loop(run):\n    gloo('during'); real(run)\n"
+        "train.loop = loop\n"
+        "import atexit; atexit.register(gloo, 'after')\n",
+        "--max_iters=2",
+    )
+    assert done.returncode == 0, done.stderr
+    during, after = (
+        [int(n) for n in re.findall(rf"^{when} (\d+)$", done.stderr, re.M)] for when in ("during", "after")
+    )
+    assert len(during) == 2 and min(during) > 0 and after == [0, 0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["agree", "evaluate"])
 def test_a_signal_between_two_exchanges_stops_both_processes(here, function):
     """Right after the processes have agreed to go on, one of them alone gets a signal: it must not leave, since the
