@@ -66,17 +66,18 @@ class Settings:
         ""  # llama-bench of a native build of llama.cpp, measured beside the wheel where --vs has llamacpp;
     )
     #                        empty: that on PATH, if there is one
-    model: str = ""  # model directory or hub id for prefill, decode and startup; empty: random weights, 135M
+    model: str = ""  # model directory or hub id for prefill, decode, startup and busy; empty: random weights, 135M
     repeats: Count = 5  # rounds
     device: Literal["cpu", "cuda"] = "cpu"  # what is measured
 
 
 WORKS = "train train_full_vocab prefill decode decode_2048 decode_int8 encode startup busy".split()
-# too long to be measured every time
+# measured only when asked for
 MORE = "prefill_int8 decode_8_rows decode_512 decode_4000 decode_int8_512 decode_int8_2048 decode_int8_4000".split()
 UNITS = dict.fromkeys(WORKS + MORE, "tok/s") | {"encode": "MB/s", "startup": "s", "busy": "x"}
 TRAIN_SHAPE = {"train": (5000, 4, 256), "train_full_vocab": (49152, 2, 512)}  # vocabulary, rows, tokens per row
 PREFILL = 512  # tokens
+READ = {"prefill": False, "prefill_int8": True}  # whether the weights are int8
 NEW = 64  # decoding: tokens generated
 DECODE = {  # tokens of prompt, rows
     "decode": (16, 1), "decode_512": (512, 1), "decode_2048": (2048, 1), "decode_4000": (4000, 1),
@@ -499,13 +500,13 @@ def contenders_for(
         return {who: (starting, who, folder) for who in ("ours", *vs) if who not in FILES}
     if work == "busy":
         return {who: (beside_others, who, device, folder, dtype) for who in BUSY}
-    int8, (depth, rows) = "int8" in work, DECODE.get(work, (0, 1))
+    reads = work in READ
+    int8, (depth, rows) = "int8" in work, (0, 1) if reads else DECODE[work]
     names = ["ours", *(["ours_plain"] if work in ("decode", "decode_int8") else []), *vs]
     if int8:  # transformers has no int8 of this kind
         names = [who for who in names if who != "hf"]
     if rows > 1:  # these take their rows from several visitors
         names = [who for who in names if who not in FILES]
-    reads = work not in DECODE
     if reads:
         found = {who: (prefilling, who, device, folder_of(who), int8, dtype) for who in names}
     else:
@@ -553,7 +554,7 @@ def hardware_limit(work: str, limits: dict, weights: dict) -> float | None:
         with torch.device("meta"):
             model = SmolLM2(replace(PRESETS["135M"], vocab_size=vocab))
         return product / model.flops_per_token(T)
-    if work == "prefill":
+    if work == "prefill":  # in int8 some peers multiply bytes, for which no limit is measured
         return product / (2 * weights["backbone"])
     if work in DECODE:
         depth, rows = DECODE[work]
@@ -585,7 +586,7 @@ def main():
     started = time.time()
     with tempfile.TemporaryDirectory() as temporary:
         folder, weights = Path(temporary), {}
-        if {"prefill", "prefill_int8", "startup", "busy", *DECODE} & set(only):
+        if {*READ, *DECODE, "startup", "busy"} & set(only):
             if s.model:
                 folder = find(s.model)
             else:

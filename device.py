@@ -6,6 +6,7 @@ The machine: which device and dtype, how fast it could be, whether to compile, a
 """
 
 import ctypes
+import importlib
 import math
 import os
 import platform
@@ -186,10 +187,10 @@ def join_processes(device: str) -> tuple[int, int, str]:
         said = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
         raise UserError(f"{said}: not what torchrun sets. Start with torchrun, or unset these to go alone.") from None
     if world > 1:
-        # DDP imports this module, whose functions have the group of that moment as a default: imported while there is
-        # none yet, it does not keep ours alive past its end, when threads of gloo's can abort the process
-        import torch.distributed.nn
-
+        # torch._dynamo, which the first optimizer loads, imports this module, whose functions have the group of that
+        # moment as a default. Imported while there is none, it does not keep ours alive past its end, when gloo's
+        # threads can abort the process.
+        importlib.import_module("torch.distributed.nn")
         if local:
             device = f"cuda:{local[0]}"
             torch.cuda.set_device(device)

@@ -39,6 +39,7 @@ import checkpoint
 from decode import Decoder, reason_against
 from device import keep_freed_memory, pick_device
 from model import PRESETS, KVCache, SmolLM2, SmolLM2Config, rotate
+from ops import WIDEN_FROM
 from prepare import PLAY
 from quantize import quantize
 from sample import generate
@@ -502,9 +503,10 @@ def precision(path, truth, ids, device) -> Iterator[Row]:
     off = measure(torch.stack(hf.model.rotary_emb(tables[0], every))[:, 0], tables)
     yield judged("RoPE tables of a bf16 model", 0.0, off, FLOOR)
 
-    # one pass (which a CPU may compute in fp32: ops.worth_widening), shorter ones, token by token, and decode.c each
-    # round at other places
-    T, few = ids.size(1), min(ids.size(1), 32)
+    # one pass (which a CPU may compute in fp32: ops.worth_widening), passes too short for that, token by token, and
+    # decode.c each round at other places
+    T = ids.size(1)
+    few = min(T, WIDEN_FROM // 2)
     pieces = [min(few, T - start) for start in range(0, T, few)]
     for bits in ("bf16", "int8"):
         if bits == "int8":
@@ -514,7 +516,9 @@ def precision(path, truth, ids, device) -> Iterator[Row]:
                     step = p.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
                     p.copy_((p / step).round() * step)
         theirs = [hf_logits(hf, ids, attention) for attention in ATTENTIONS]
-        ways = {f"{T} positions": model(ids)[0], f"{T} in pieces of {few}": cached_logits(model, ids, pieces)}
+        ways = {f"{T} positions": model(ids)[0]}
+        if len(pieces) > 1:
+            ways[f"{T} in pieces of {few}"] = cached_logits(model, ids, pieces)
         ways[f"{few} one by one"] = cached_logits(model, ids, (1,) * few)
         if not reason_against(model):
             ways[f"{few} in decode.c"] = decoded_logits(model, ids[:, :few])

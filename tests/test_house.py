@@ -125,3 +125,16 @@ def test_the_lines_that_the_readme_counts_are_nearly_there():
             assert abs(there - said) <= 0.05 * there, f"{file} has {there} lines, README.md says {said}"
             counted += 1
     assert counted > 20
+
+
+def test_what_the_list_of_words_points_to_is_there():
+    """Each file of its last column exists, and holds the names that stand behind it."""
+    pointed = 0
+    for line in (ROOT / "docs/words.md").read_text().splitlines()[6:]:
+        for place in line.split("|")[3].split(";"):
+            file, _, names = place.strip().partition(", ")
+            for name in re.findall(r"`(\w+)`", names):
+                assert re.search(rf"^ *(class|def) {name}\b", (ROOT / file).read_text(), re.M), f"{file} has no {name}"
+                pointed += 1
+            assert (ROOT / file).is_file(), place
+    assert pointed > 15

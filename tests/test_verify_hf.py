@@ -416,3 +416,20 @@ def test_controls(three, monkeypatch, name):
     assert not fail or any(ratio >= 10 for ratio in found.values()), found
     for prefix in keep:
         assert all(found[row] <= 1 for row in found if row.startswith(prefix)), found
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_passes_too_short_for_fp32_are_compared_in_few_bits(hf_directory, monkeypatch, broken):
+    """A CPU whose fp32 is the faster one reads a whole prompt in it: what is wrong with short passes in bf16 alone has
+    rows of its own, and they fail. Without a mistake none does."""
+    hf, model, exact = load_sides(hf_directory)
+    ids = verify_hf.token_ids(model, 1, 64, 0, list(range(500)))
+    truth = verify_hf.hf_logits(exact, ids, "sdpa")
+    real = smol.attend
+    if broken:
+        monkeypatch.setattr(
+            smol, "attend", lambda q, *rest: real(q, *rest) * (1.5 if 1 < q.size(2) < verify_hf.WIDEN_FROM else 1)
+        )
+    rows = list(verify_hf.precision(hf_directory, truth, ids, torch.device("cpu")))
+    failed = {row.name for row in rows if row.ok is False}
+    assert failed == ({f"{bits} logits, 64 in pieces of 32" for bits in ("bf16", "int8")} if broken else set()), rows
