@@ -146,7 +146,7 @@ def prefilling(who: str, device: str, folder: str, int8: bool, dtype: torch.dtyp
     fastest here."""
     ids = torch.randint(0, 1000, (1, PREFILL), generator=torch.Generator().manual_seed(0)).to(device)
     if who in FILES:
-        engine = engine_for(who, folder, int8, dtype)
+        engine = engine_for(who, folder, int8, dtype, paged=True)
         yield
         while True:
             # two tokens: OpenVINO's time per token needs a second one
@@ -183,7 +183,7 @@ def decoding(who: str, device: str, folder: str, int8: bool, depth: int, rows: i
     ours_plain goes through model.py where ours goes through decode.c."""
     prompt = torch.randint(0, 1000, (rows, depth), generator=torch.Generator().manual_seed(0)).to(device)
     if who in FILES:
-        engine = engine_for(who, folder, int8, torch.bfloat16)
+        engine = engine_for(who, folder, int8, torch.bfloat16, paged=not int8)
         yield
         while True:
             yield engine.complete(prompt[0].tolist(), NEW)["predicted_per_second"]
@@ -346,24 +346,24 @@ def load_hf(folder, device):
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
 
 
-def engine_for(who: str, folder: str, int8: bool, dtype: torch.dtype):
+def engine_for(who: str, folder: str, int8: bool, dtype: torch.dtype, paged: bool):
     """A peer that reads GGUF files, with the file in `folder` of the precision asked for."""
     file = Path(folder) / f"{FILES[who][int8]}.gguf"
-    return LlamaCpp(file) if who == "llamacpp" else OpenVino(file, int8, dtype)
+    return LlamaCpp(file) if who == "llamacpp" else OpenVino(file, dtype, paged)
 
 
 class OpenVino:
-    """OpenVINO GenAI's pipeline, as it is fastest: attention is "SDPA" for int8, else paged; dtype: of the products."""
+    """OpenVINO GenAI's pipeline. dtype: of the products. Its attention is paged or "SDPA", whichever was the faster."""
 
-    def __init__(self, file, int8: bool, dtype: torch.dtype):
+    def __init__(self, file, dtype: torch.dtype, paged: bool):
         import openvino_genai
 
         settings: dict = dict(INFERENCE_NUM_THREADS=torch.get_num_threads())
-        if int8:
-            settings["ATTENTION_BACKEND"] = "SDPA"
-        else:
+        if paged:
             settings["scheduler_config"] = openvino_genai.SchedulerConfig()
             settings["scheduler_config"].enable_prefix_caching = False  # each round reads its prompt
+        else:
+            settings["ATTENTION_BACKEND"] = "SDPA"
         if dtype == torch.float32:
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         self.pipeline = openvino_genai.LLMPipeline(str(file), "CPU", **settings)

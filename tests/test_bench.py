@@ -171,7 +171,7 @@ def test_every_work_measures_the_weights_it_names(monkeypatch):
         def complete(self, *_):
             return {"prompt_per_second": 1.0, "predicted_per_second": 1.0}
 
-    monkeypatch.setattr(bench, "engine_for", lambda who, folder, int8, dtype: measured.append(int8) or Engine())
+    monkeypatch.setattr(bench, "engine_for", lambda who, folder, int8, *_, **__: measured.append(int8) or Engine())
     monkeypatch.setattr(bench, "from_pretrained", lambda *_: tiny(vocab_size=1000, max_position_embeddings=32))
     monkeypatch.setattr(bench, "quantize", lambda model, kind: measured.append(kind == "int8"))
     monkeypatch.setattr(bench, "PREFILL", 8)

@@ -22,7 +22,7 @@ def test_the_loss_in_pieces_is_the_loss(rows, tied, monkeypatch):
     plain.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr(ops, "LOSS_ROWS", rows)
+    monkeypatch.setattr(ops, "CPU_LOSS_ROWS", rows)
     none, pieces = model(ids, targets, loss_only=True)
     (3 * pieces).backward()  # a factor, as accumulation and loss scaling apply one
     assert none is None and pieces.dtype == torch.float32 and abs(float(plain - pieces)) < 1e-6
