@@ -118,7 +118,7 @@ def training(who: str, device: str, vocab: int, rows: int, T: int, dtype: torch.
             compile_for_training(model.model)  # its blocks are called layers, too
 
         def loss_of(ids):
-            return model(ids[:, :-1], labels=ids[:, :-1]).loss
+            return model(ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss  # as transformers' Trainer has it
 
     optimizer = make_optimizer(model, "adamw", 1e-4, 0.1, (0.9, 0.95))
     ids = torch.randint(0, vocab, (rows, T + 1), device=device)

@@ -98,7 +98,9 @@ def test_transformers_can_be_compiled_block_by_block(monkeypatch):
     for who, compiled in (("hf", False), ("hf_compiled", True)):
         contender = bench.training(who, "cpu", 512, 2, 16, torch.bfloat16)
         next(contender)
-        assert next(contender) > 0 and bool(counters["stats"]["unique_graphs"]) == compiled
+        assert next(contender) > 0
+        # one graph for both blocks: with a cache of keys and values, which training has no use for, each needs its own
+        assert counters["stats"]["unique_graphs"] == compiled
 
 
 def test_one_limit_for_the_whole_run(monkeypatch, capsys):
