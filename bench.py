@@ -67,7 +67,7 @@ class Settings:
     )
     #                        empty: that on PATH, if there is one
     model: str = ""  # model directory or hub id for prefill, decode, startup and busy; empty: random weights, 135M
-    repeats: Count = 5  # rounds
+    repeats: Count = 3  # rounds
     device: Literal["cpu", "cuda"] = "cpu"  # what is measured
 
 
