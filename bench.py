@@ -1,7 +1,7 @@
 """
 How fast, beside which others, and how near the machine's own limit.
 
-    python bench.py                                     # the usual works, in about ten minutes on two CPU cores
+    python bench.py                                     # the usual works: ten to fifteen minutes on two cores
     python bench.py --only=decode,decode_int8 --vs=llamacpp --llama_bench=llama.cpp/build/bin/llama-bench
     python bench.py --model=out/smol_shakespeare --vs=none
 

@@ -79,7 +79,7 @@ def cross_entropy_in_pieces(x, weight, targets):
 
 
 class CrossEntropyInPieces(torch.autograd.Function):
-    """The loss of LOSS_ROWS tokens at a time, and its gradient in the same pass.
+    """The loss of some hundred tokens at a time, and its gradient in the same pass.
 
     At a vocabulary of 49,152 the logits of 1,024 tokens are 200 MB in fp32, and the plain way holds them, their
     softmax and their gradient at once. Here the gradient of each piece is taken while its logits are at hand, and is
