@@ -77,7 +77,7 @@ MORE = "prefill_int8 decode_8_rows decode_512 decode_4000 decode_int8_512 decode
 UNITS = dict.fromkeys(WORKS + MORE, "tok/s") | {"encode": "MB/s", "startup": "s", "busy": "x"}
 TRAIN_SHAPE = {"train": (5000, 4, 256), "train_full_vocab": (49152, 2, 512)}  # vocabulary, rows, tokens per row
 PREFILL = 512  # tokens
-READ = {"prefill": False, "prefill_int8": True}  # whether the weights are int8
+READ = "prefill", "prefill_int8"
 NEW = 64  # decoding: tokens generated
 DECODE = {  # tokens of prompt, rows
     "decode": (16, 1), "decode_512": (512, 1), "decode_2048": (2048, 1), "decode_4000": (4000, 1),

@@ -26,8 +26,8 @@ from typing import Annotated
 
 # How threads wait for each other between the parts of a matrix product. By default they spin on their cores for
 # milliseconds, even where another program needs the core to let the last of them arrive, and a training step beside two
-# busy processes takes several times as long. What a short spin costs on a quiet machine is
-# a few percent at most (docs/performance.md).
+# busy processes takes several times as long. A short spin costs a few percent at most on a quiet machine
+# (docs/performance.md).
 # libgomp reads this when torch is loaded, so every script imports this module first; what the user set is left alone.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
