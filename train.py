@@ -91,6 +91,8 @@ class Settings:
     lr_decay_iters: Whole = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first start
     decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: how much of the run decays
     token_noise: Share = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
+    noise_until: Annotated[float, Within(above=0, most=1)] = 1.0  # share of the schedule that has this noise; after it
+    #                                the model reads the text as it is
     dropout: Share = 0.0  # share of what attention and MLP add that is set to 0 in training: against memorizing, too
     weight_decay: NotNegative = 0.1  # on matrices only; norm weights are left alone
     beta1: Share = 0.9  # decay of AdamW's average of the gradient
@@ -300,10 +302,12 @@ def loop(run: Run):
             save(run, "stable.pt")  # a run that is prolonged goes on from here
         started = time.perf_counter()
 
-        # set the learning rate of this step
+        # set the learning rate of this step, and the noise on its inputs
         lr = learning_rate_at(p.step, s, p.lr_decay_iters)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        if s.token_noise:
+            run.rows.noise = s.token_noise if p.step < s.noise_until * p.lr_decay_iters else 0.0
 
         # forward and backward, one micro-batch after the other; their gradients add up
         loss = torch.zeros((), device=run.device)

@@ -486,6 +486,24 @@ def test_every_change_that_is_accepted_has_its_effect(here, monkeypatch, key):
 
 
 @pytest.mark.slow
+def test_noise_ends_where_it_is_told_to(here, monkeypatch):
+    """As if the run had been stopped at that step and gone on without noise; longer runs do not move the step."""
+    flags = ("--max_iters=8", "--token_noise=0.3", "--eval_interval=8")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        go(patch, *flags, "--noise_until=0.75", "--out_dir=out/until")
+    go(monkeypatch, *flags, "--noise_until=0.75", "--out_dir=out/until", "--max_iters=10")  # over the step, prolonged
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        go(patch, *flags)
+    shutil.copytree("out/t", "out/noisy")
+    go(monkeypatch, *flags, "--token_noise=0", "--accept_changes=token_noise", "--max_iters=10")
+    assert log() == log("out/until") and same(state()["model"], state("out/until")["model"])
+    go(monkeypatch, *flags, "--out_dir=out/noisy", "--max_iters=10")  # negative control
+    assert log()[6] == log("out/noisy")[6] and log()[7] != log("out/noisy")[7]
+
+
+@pytest.mark.slow
 def test_a_resume_that_changes_nothing_is_the_same_run(here, monkeypatch):
     """Negative control of the test above: without a change nothing differs."""
     with monkeypatch.context() as patch:
