@@ -13,8 +13,8 @@ num_key_value_heads = 2
 block_size = 256
 global_batch_size = 8
 micro_batch_size = 8
-max_iters = 3300
-max_epochs = 17  # of a shorter text than Tiny Shakespeare
+max_iters = 3500
+max_epochs = 18  # of a shorter text than Tiny Shakespeare
 optimizer = "muon"
 learning_rate = 4e-3
 min_lr = 0.0
@@ -22,7 +22,7 @@ warmup_iters = 50
 # three ways against memorizing (docs/recipes.md)
 weight_decay = 1.5
 token_noise = 0.1
-noise_until = 0.9  # the last 330 steps get used to the text as it is
+noise_until = 0.85  # the last 525 steps learn from the text as it is
 dropout = 0.1
 
 eval_interval = 500
