@@ -137,12 +137,22 @@ def decay_begins(s, decay_iters: int) -> int:
     return decay_iters - max(1, round(s.decay_fraction * decay_iters))
 
 
+def noise_ends(s, decay_iters: int) -> int:
+    """The first step whose inputs have no noise."""
+    return round(s.noise_until * decay_iters)
+
+
 def check_schedule(s, decay_iters: int) -> list[str]:
     """Warnings about a schedule that makes little sense; UserError where its parts overlap."""
     if s.lr_schedule == "wsd" and s.warmup_iters > decay_begins(s, decay_iters):
         raise UserError(
             f"--warmup_iters={s.warmup_iters} and a decay over --decay_fraction={s.decay_fraction} of {decay_iters:,} "
             "steps overlap. Use a shorter warmup or decay, or more steps."
+        )
+    if s.lr_schedule == "wsd" and s.token_noise and noise_ends(s, decay_iters) < decay_begins(s, decay_iters):
+        raise UserError(
+            f"--noise_until={s.noise_until:g} ends the noise before the decay begins (--decay_fraction="
+            f"{s.decay_fraction:g}), so the run could not be prolonged from there. Use a larger --noise_until."
         )
     warnings = []
     end = min(s.max_iters, decay_iters) if s.lr_schedule != "constant" else s.max_iters

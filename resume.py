@@ -16,10 +16,10 @@ from config import UserError
 import checkpoint
 from files import damage_named
 
-# Settings that may differ between a stop and a resume: none of them changes what a step does, but for what dropout
-# drops in micro-batches of another size. max_iters and max_epochs say where the run ends. Every other change must be
-# named in accept_changes. What FIXED names cannot change: another shape is another model, and another optimizer has
-# another state.
+# Settings that may differ between a stop and a resume: none of them changes what a step does, but for rounding (another
+# device or micro-batch) and for what dropout drops there. max_iters and max_epochs say where the run ends. Every other
+# change must be named in accept_changes. What FIXED names cannot change: another shape is another model, and another
+# optimizer has another state.
 MAY_CHANGE = (
     "out_dir init_from accept_changes also_eval eval_interval log_interval sample_interval patience micro_batch_size "
     "max_iters max_epochs device compile peak_tflops"

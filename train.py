@@ -50,8 +50,9 @@ from device import (
 from evaluate import evaluate, read_ids
 from files import Busy, Log, exclusive, file_sha256
 from model import SmolLM2, SmolLM2Config
-from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizer
+from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizer, noise_ends
 from resume import (
+    FIXED,
     Progress,
     changes_accepted,
     check_resume,
@@ -307,7 +308,7 @@ def loop(run: Run):
         for group in optimizer.param_groups:
             group["lr"] = lr
         if s.token_noise:
-            run.rows.noise = s.token_noise if p.step < s.noise_until * p.lr_decay_iters else 0.0
+            run.rows.noise = s.token_noise if p.step < noise_ends(s, p.lr_decay_iters) else 0.0
 
         # forward and backward, one micro-batch after the other; their gradients add up
         loss = torch.zeros((), device=run.device)
@@ -560,6 +561,11 @@ def make_model(s: Settings, meta: dict, folder: Path, state: dict | None) -> tup
                 f"{folder} was made with another tokenizer than {s.init_from} has. Use another --dataset, or make it "
                 f"again: python prepare.py --dataset={folder.name} --tokenizer={s.init_from} (and --input)"
             )
+        new, has = asdict(Settings()), vars(model.config)  # what was given says something, and must not be ignored
+        shape = [key for key in FIXED if key in has and getattr(s, key) not in (new[key], has[key])]
+        if shape:
+            given = "; ".join(f"--{key}={getattr(s, key)} was given, it has {has[key]}" for key in shape)
+            raise UserError(f"{s.init_from} is fine-tuned as it is: {given}. Leave them out, or give its own.")
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
             raise UserError(f"{s.init_from} holds weights that are not finite.")
         if meta["eos_token_id"] not in model.config.eos_ids:  # an -Instruct model ends a turn, our documents end too
@@ -589,6 +595,8 @@ def announce(run: Run):
     limit = f": max_epochs={s.max_epochs:g}, instead of {run.asked_iters:,}" if run.shortened else ""
     epochs = s.max_iters / steps_per_epoch
     say(f"epochs   {steps_per_epoch:.1f} steps each, {epochs:.1f} in {s.max_iters:,} steps{limit}")
+    if s.token_noise:
+        say(f"noise    {100 * s.token_noise:g}% of the input tokens until step {noise_ends(s, p.lr_decay_iters):,}")
     # config/smol_shakespeare.py has 364 on Tiny Shakespeare, and is best after two epochs; the tiny recipe has 2
     scratch, per_token = p.step == 0 and run.origin in ("auto", "scratch"), n["total"] / meta["train_tokens"]
     if scratch and per_token > 100 and epochs > 1:
@@ -619,7 +627,8 @@ def announce(run: Run):
         if run.shortened and s.max_iters < p.lr_decay_iters:
             say(
                 f"!! max_epochs={s.max_epochs:g} ends the run at step {s.max_iters:,}, before its schedule ends at "
-                f"{p.lr_decay_iters:,}. To go on to there: {run.again(max_epochs=0)}"
+                f"{p.lr_decay_iters:,}. To go on to there: "
+                + run.again(max_epochs=0, max_iters=p.lr_decay_iters, eval_interval=s.eval_interval)
             )
 
 
@@ -629,9 +638,9 @@ def already_finished(run: Run) -> bool:
     if p.step >= s.max_iters and p.evaluated == p.step:
         longer = dict(max_iters=2 * s.max_iters) | (dict(max_epochs=0) if s.max_epochs else {})
         if run.shortened:
-            longer |= dict(warmup_iters=s.warmup_iters, eval_interval=s.eval_interval)
-        if s.lr_schedule != "constant":
-            longer |= dict(lr_decay_iters=2 * s.max_iters, accept_changes="lr_decay_iters")
+            longer |= dict(eval_interval=s.eval_interval)
+        if s.lr_schedule != "constant" and p.lr_decay_iters < longer["max_iters"]:
+            longer |= dict(lr_decay_iters=longer["max_iters"], accept_changes="lr_decay_iters")
         run.say(f"finished at step {p.step:,}. More steps: {run.again(**longer)}")
         return True
     if run.resumed and s.patience and p.since_best >= s.patience:
@@ -680,6 +689,8 @@ def rehearse(run: Run):
     """Try forward and backward before the first evaluation, and discard the gradients. Where memory is too small or
     compiling fails, that shows here, and is mended with a message."""
     started = time.perf_counter()
+    # room for the optimizer's two averages, which a new run has from its first step on (on a CPU they cost nothing yet)
+    averages = [torch.empty_like(p) for p in run.model.parameters() for _ in range(0 if run.resumed else 2)]
     while True:
         batches = micro_batches(run, run.p.step)
         try:
@@ -695,6 +706,7 @@ def rehearse(run: Run):
         if run.device.startswith("cuda"):
             torch.cuda.empty_cache()
     run.optimizer.zero_grad(set_to_none=True)
+    del averages
     run.p.compile = run.compiled
     if run.device == "cpu":
         run.p.cpu_dtype = str(run.dtype)[6:]
@@ -729,13 +741,14 @@ def recover(run: Run, error: Exception):
         run.micro //= 2
         run.say(f"!! out of memory: micro-batch {run.micro} from here on, still {s.global_batch_size} rows a step")
     elif memory:
-        raise UserError(f"out of memory ({text}). Try a smaller --micro_batch_size or --block_size.") from None
+        smaller = "--micro_batch_size" if run.micro > 1 else "--block_size (of a new run), or a smaller model"
+        raise UserError(f"out of memory ({text}). Try a smaller {smaller}.") from None
     elif run.compiled and s.compile == "auto" and run.world == 1:
         run.compiled = False
         undo_compile(run.model)
         run.say(f"!! compiling failed ({type(error).__name__}: {text}); going on without")
     elif run.compiled:
-        raise UserError(f"--compile=on failed here ({text}). Train without: --compile=off") from None
+        raise UserError(f"compiling failed here ({text}). Train without: --compile=off") from None
     else:
         raise error
 
@@ -751,6 +764,8 @@ def resume(run: Run) -> dict:
     state = checkpoint.load_state(run.state_file)
     # a setting that an earlier version of train.py did not have was what its default is
     state["settings"] = asdict(Settings()) | state["settings"]
+    if (s.max_epochs or state["settings"]["max_epochs"]) and "warmup_iters" not in accepted:
+        s.warmup_iters = state["settings"]["warmup_iters"]  # the limit in epochs shortens it, and may change
     check_resume(state, s, run.facts, run.state_file)
     run.p, then = read_progress(state, run.state_file), state["settings"]
     run.saved, run.origin, ended = run.p.step, then["init_from"], run.p.lr_decay_iters
@@ -767,6 +782,9 @@ def resume(run: Run) -> dict:
             run.p = read_progress(state, stable)
         else:
             run.say(f"!! {stable} is missing: the rate rises again from a state that has decayed")
+    elif s.lr_schedule == "cosine" and stretched > ended:
+        before, after = (learning_rate_at(run.p.step, s, end) for end in (ended, stretched))
+        run.say(f"         the schedule is stretched: the rate goes from {before:.1e} to {after:.1e}")
     run.p.lr_decay_iters = stretched
     if any(s_then != s_now for s_then, s_now in ((then[k], getattr(s, k)) for k in ("eval_rows", "block_size"))):
         run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")

@@ -41,6 +41,7 @@ SMALL = (
     "--micro_batch_size=8 --max_iters=12 --eval_interval=4 --eval_rows=20 --log_interval=1 --warmup_iters=2 "
     "--learning_rate=1e-2 --dtype=float32 --compile=off"
 ).split()
+OF_TINY_HF = "--hidden_size=48", "--intermediate_size=80", "--num_attention_heads=6"  # the shape of that model
 
 
 @pytest.fixture
@@ -156,7 +157,8 @@ def test_fine_tuning_survives_a_compiler_that_fails(here, monkeypatch, capsys):
 
     monkeypatch.setattr(torch.nn.Module, "compile", broken)
     monkeypatch.setattr(train, "pick_compile", lambda choice, *_: (True, "for the test"))
-    go(monkeypatch, "--init_from=base", "--tokenizer=base", "--dataset=own", "--compile=auto", "--max_iters=4")
+    flags = ("--init_from=base", "--tokenizer=base", *OF_TINY_HF, "--dataset=own", "--max_iters=4")
+    go(monkeypatch, *flags, "--compile=auto")
     out = capsys.readouterr().out
     assert out.index("compiling failed") < out.index("eval      0") and "done: 4 steps" in out
 
@@ -204,7 +206,7 @@ def test_what_is_forgotten_is_printed_at_the_end(here, monkeypatch, capsys):
     survives a stop. What cannot be read is refused before anything is trained."""
     save_hf_directory(here / "m")
     Path("a.txt").write_text(TEXT[:4000])
-    tuned = ("--init_from=m", "--tokenizer=m", "--dataset=own", "--also_eval=a.txt, t.txt")
+    tuned = ("--init_from=m", "--tokenizer=m", *OF_TINY_HF, "--dataset=own", "--also_eval=a.txt, t.txt")
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
         go(patch, *tuned)
@@ -232,7 +234,7 @@ def test_what_is_forgotten_is_printed_at_the_end(here, monkeypatch, capsys):
 def test_stopped_in_the_first_evaluation_it_is_made_up_for(here, monkeypatch, capsys):
     """What a model is before fine-tuning can only be measured then: the resume does it."""
     save_hf_directory(here / "m")
-    tuned = ("--init_from=m", "--tokenizer=m", "--dataset=own", "--also_eval=t.txt")
+    tuned = ("--init_from=m", "--tokenizer=m", *OF_TINY_HF, "--dataset=own", "--also_eval=t.txt")
     with monkeypatch.context() as patch:
         real = train.evaluate
 
@@ -374,6 +376,42 @@ def test_a_short_text_ends_the_run_early(here, monkeypatch, capsys):
     assert state()["progress"]["step"] == 2 * steps and len(log(key="val_loss")) >= 8
 
 
+@pytest.mark.slow
+def test_a_limit_in_epochs_may_change_in_the_middle(here, monkeypatch, capsys):
+    """The warmup that the first limit shortened stays as it was begun: a number that nobody gave is no reason to
+    refuse. What is said of the way to the schedule's end leads there."""
+    recipe = ["--max_iters=1000", "--warmup_iters=100", "--eval_interval=500", "--max_epochs=2"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        go(patch, *recipe)
+    warmup, end = state()["settings"]["warmup_iters"], state()["progress"]["lr_decay_iters"]
+    assert warmup == end // 4 < 100
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        go(patch, *recipe, "--max_epochs=1")
+    said = re.search(r"To go on to there: python train.py (.*)", capsys.readouterr().out)[1]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        go(patch, *recipe, "--max_epochs=3")
+    monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(said)])
+    train.main()
+    assert state()["progress"]["step"] == end and state()["settings"]["warmup_iters"] == warmup
+    go(monkeypatch, *recipe, "--out_dir=out/whole")
+    assert log(key="lr") == log("out/whole", "lr") and log() == log("out/whole")
+
+
+def test_more_steps_do_not_cut_the_schedule(here, monkeypatch, capsys):
+    """A run that ends before its schedule is offered the rest of it. Stretched beyond its end the rate rises: said."""
+    asked = ("--max_iters=4", "--lr_decay_iters=20")
+    for _ in range(2):
+        go(monkeypatch, *asked)
+    said = re.search(r"More steps: (.*)", capsys.readouterr().out)[1]
+    assert "--max_iters=8" in said and "accept_changes" not in said
+    go(monkeypatch, *asked, "--max_iters=16", "--lr_decay_iters=40", "--accept_changes=lr_decay_iters")
+    assert re.search(r"the schedule is stretched: the rate goes from 9.\de-03 to 9.\de-03", capsys.readouterr().out)
+
+
 def test_an_evaluation_at_the_end_alone_stays_one(here, monkeypatch):
     """A recipe that keeps the last model, though an earlier one has a lower loss, must not get others on the way."""
     ends = ["--max_iters=1000", "--eval_interval=1000", "--sample_interval=2000"]
@@ -408,8 +446,8 @@ def test_a_model_too_large_for_its_text_is_warned_of(here, monkeypatch, capsys):
     go(monkeypatch, "--max_iters=0", "--hidden_size=256", "--intermediate_size=512")
     assert "by heart" not in capsys.readouterr().out  # no step, nothing learnt
     go(monkeypatch, "--max_iters=50", "--hidden_size=256", "--intermediate_size=512", "--init_from=scratch")
-    assert "parameters for each token of the text" in capsys.readouterr().out
-    assert "a text this short" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "parameters for each token of the text" in said and "a text this short" not in said
     go(monkeypatch, "--max_iters=50", "--out_dir=out/small")
     assert "by heart" not in capsys.readouterr().out
     wide = "--hidden_size=128", "--intermediate_size=192"  # 150 thousand parameters for a few thousand tokens
@@ -460,7 +498,9 @@ def test_other_data_under_a_run_are_refused(here, monkeypatch):
 
 
 # what each setting is changed to on a resume, where it is no number that could be halved
-OTHER = dict(lr_schedule="constant", dtype="bfloat16", eval_rows=3, seed=7, warmup_iters=6, lr_decay_iters=40)
+OTHER = dict(
+    lr_schedule="constant", dtype="bfloat16", eval_rows=3, seed=7, warmup_iters=6, lr_decay_iters=40, noise_until=0.75
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -486,8 +526,21 @@ def test_every_change_that_is_accepted_has_its_effect(here, monkeypatch, key):
 
 
 @pytest.mark.slow
+def test_a_resume_that_changes_nothing_is_the_same_run(here, monkeypatch):
+    """Negative control of the test above: without a change nothing differs."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        go(patch, "--max_iters=8")
+    shutil.copytree("out/t", "out/changed")
+    go(monkeypatch, "--max_iters=8")
+    go(monkeypatch, "--max_iters=8", "--out_dir=out/changed", "--accept_changes=weight_decay")
+    assert log() == log("out/changed") and same(state()["model"], state("out/changed")["model"])
+
+
+@pytest.mark.slow
 def test_noise_ends_where_it_is_told_to(here, monkeypatch):
-    """As if the run had been stopped at that step and gone on without noise; longer runs do not move the step."""
+    """As if the run had been stopped at that step and gone on without noise. More steps without a longer
+    schedule do not move that step."""
     flags = ("--max_iters=8", "--token_noise=0.3", "--eval_interval=8")
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
@@ -503,24 +556,12 @@ def test_noise_ends_where_it_is_told_to(here, monkeypatch):
     assert log()[6] == log("out/noisy")[6] and log()[7] != log("out/noisy")[7]
 
 
-@pytest.mark.slow
-def test_a_resume_that_changes_nothing_is_the_same_run(here, monkeypatch):
-    """Negative control of the test above: without a change nothing differs."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        go(patch, "--max_iters=8")
-    shutil.copytree("out/t", "out/changed")
-    go(monkeypatch, "--max_iters=8")
-    go(monkeypatch, "--max_iters=8", "--out_dir=out/changed", "--accept_changes=weight_decay")
-    assert log() == log("out/changed") and same(state()["model"], state("out/changed")["model"])
-
-
 def test_a_run_goes_on_from_what_it_began_with_alone(here, monkeypatch):
     """Another init_from would be ignored, since the weights come from state.pt: refused. The recorded one is kept over
     a resume that does not name it."""
     for name in "ab":
         save_hf_directory(here / name)
-    flags = ("--dataset=own", "--tokenizer=a")
+    flags = ("--dataset=own", "--tokenizer=a", *OF_TINY_HF)
     go(monkeypatch, "--init_from=a", *flags, "--max_iters=1")
     go(monkeypatch, *flags, "--max_iters=2")
     assert state()["settings"]["init_from"] == "a"
@@ -574,6 +615,7 @@ def test_wsd_can_be_prolonged_from_where_its_decay_began(here, monkeypatch, caps
     a run which was given twenty from the start. The better model of the first run stays until it is surpassed, and the
     same command again goes on instead of going back."""
     wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5", "--global_batch_size=4", f"--optimizer={optimizer}")
+    wsd += ("--token_noise=0.2", "--noise_until=0.8")  # noise to step 10 of 12, then to step 16 of 20
     go(monkeypatch, *wsd)
     assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 6
     kept = checkpoint.metadata("out/t")
@@ -798,7 +840,7 @@ def test_a_fine_tuned_run_goes_on_however_its_source_is_spelled(here, monkeypatc
     """The tokenizer of its data need not be named again."""
     save_hf_directory(here / "base")
     for i, flags in enumerate((["--init_from=base"], ["--init_from=resume"], [], ["--init_from=./base/"]), 1):
-        go(monkeypatch, "--dataset=own", f"--max_iters={i}", *flags)
+        go(monkeypatch, "--dataset=own", f"--max_iters={i}", *OF_TINY_HF, *flags)
     assert state()["progress"]["step"] == 4
 
 
@@ -1207,7 +1249,7 @@ def test_processes_that_see_different_runs_are_told(here, monkeypatch, dtype):
 def test_what_is_forgotten_is_that_of_the_model_that_is_kept(here):
     """The first process may still be writing it when the second would read it."""
     save_hf_directory(here / "m")
-    flags = ("--init_from=m", "--tokenizer=m", "--dataset=own", "--also_eval=t.txt", "--max_iters=8")
+    flags = ("--init_from=m", "--tokenizer=m", *OF_TINY_HF, "--dataset=own", "--also_eval=t.txt", "--max_iters=8")
     done = driven(
         "real = train.checkpoint.save_pretrained\n"
         "def slow(*a):\n    time.sleep(2); real(*a)\n"
@@ -1406,7 +1448,14 @@ def test_fine_tuning_starts_where_transformers_is_and_gets_better(here, monkeypa
     loss that is transformers' own on the same rows to 1e-3; a hundred steps lower it."""
     hf = tiny_hf().to(torch.bfloat16)
     save_hf_directory(here / "base", hf)
-    flags = ("--init_from=base", "--tokenizer=base", "--max_iters=100", "--eval_interval=50", "--learning_rate=3e-3")
+    flags = (
+        "--init_from=base",
+        "--tokenizer=base",
+        *OF_TINY_HF,
+        "--max_iters=100",
+        "--eval_interval=50",
+        "--learning_rate=3e-3",
+    )
     go(monkeypatch, *flags, "--dataset=own")
     losses = log(key="val_loss")
     meta = prepare.read_meta("own")
@@ -1427,13 +1476,23 @@ def test_fine_tuning_starts_where_transformers_is_and_gets_better(here, monkeypa
     assert state()["progress"]["step"] == 104
 
 
+def test_a_shape_that_fine_tuning_would_ignore_is_refused(here, monkeypatch):
+    """The model has its own. What it has may be named, which is the control."""
+    save_hf_directory(here / "base")
+    flags = ("--init_from=base", "--tokenizer=base", *OF_TINY_HF, "--dataset=own", "--max_iters=1")
+    with pytest.raises(UserError, match="--num_hidden_layers=3 was given, it has 2; --rope_theta=9.0 was given"):
+        go(monkeypatch, *flags, "--num_hidden_layers=3", "--rope_theta=9")
+    assert not (here / "out/t/model.safetensors").exists()
+    go(monkeypatch, *flags)
+
+
 def test_fine_tuning_with_another_tokenizer_is_refused(here, monkeypatch):
     """The ids would mean other words to the model, and it would train all the same. A new data set gets the model's."""
     save_hf_directory(here / "base")
     with pytest.raises(UserError, match="no such directory"):
         go(monkeypatch, "--init_from=./nothing")
     assert not (here / "data").exists()
-    go(monkeypatch, "--init_from=base", "--dataset=new", "--out_dir=out/new", "--max_iters=1")
+    go(monkeypatch, "--init_from=base", *OF_TINY_HF, "--dataset=new", "--out_dir=out/new", "--max_iters=1")
     assert prepare.read_meta("new")["tokenizer"] == "base"
     go(monkeypatch, "--max_iters=1")
     with pytest.raises(UserError, match="prepared with tokenizer=bpe, asked is base"):
@@ -1456,6 +1515,7 @@ def test_fine_tuning_with_another_tokenizer_is_refused(here, monkeypatch):
         (["--input=missing.txt", "--dataset=new"], "no such file"),
         (["--out_dir="], "--out_dir is empty"),
         (["--lr_schedule=wsd", "--warmup_iters=11"], "overlap"),
+        (["--lr_schedule=wsd", "--token_noise=0.1", "--noise_until=0.7"], "ends the noise before the decay"),
     ],
 )
 def test_mistakes_are_named_before_anything_starts(here, monkeypatch, flags, message):

@@ -5,9 +5,10 @@ run beside it. A slash stands between the variants; the first group of arguments
     python tests/tools/sweep.py config/tiny_shakespeare.py --max_iters=600 / --optimizer=adamw / --optimizer=muon
     python tests/tools/sweep.py --seeds=1,2,3 config/tiny_shakespeare.py / --token_noise=0 / --token_noise=0.1
 
-Bits per byte of the validation text, in rows and sliding (evaluate.py), of the model that each run kept: the mean over
-the seeds, and the largest distance from it. The rows are as long as the model's context, so variants that differ in
-block_size read rows of different lengths. The runs stay under out/sweep/.
+Bits per byte of the validation text, of the model that each run kept: the mean over the seeds, and the largest
+distance from it. In rows: what train.py printed, in rows of its block_size. Sliding: evaluate.py's, whose rows are as
+long as the model's context, 512 at most. So variants that differ in block_size cannot be compared. A recipe's
+max_epochs may end a run before --max_iters: --max_epochs=0 lifts it. The runs stay under out/sweep/.
 """
 
 import json
@@ -46,6 +47,8 @@ def main():
             groups.append([])
         elif arg.startswith("--seeds="):
             seeds = arg.removeprefix("--seeds=").split(",")
+        elif arg.startswith(("--seed=", "--out_dir=")):
+            raise SystemExit(f"{arg}: sweep.py gives each run its own. Seeds: --seeds=1,2,3")
         else:
             groups[-1].append(arg)
     if sys.argv[1:] in ([], ["--help"], ["-h"]):
