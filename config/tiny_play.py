@@ -22,7 +22,7 @@ optimizer = "muon"
 learning_rate = 4e-3
 min_lr = 1e-4
 warmup_iters = 20
-# three ways against memorizing a short text; config/tiny_shakespeare.py, without them, ends at 2.17 here, not at 2.06
+# three ways against memorizing a short text: 2.07 in rows of 256, where config/tiny_shakespeare.py ends at 2.17
 weight_decay = 1.5
 token_noise = 0.1
 dropout = 0.1
