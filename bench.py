@@ -44,10 +44,10 @@ from checkpoint import config_to_dict, find, from_pretrained, read_tokenizer, sa
 from device import (
     compile_for_generation,
     compile_for_training,
-    keep_freed_memory,
     peak_flops,
     pick_autocast,
     pick_device,
+    prepare_process,
 )
 from files import write_json
 from model import PRESETS, KVCache, SmolLM2
@@ -103,7 +103,7 @@ def training(who: str, device: str, vocab: int, rows: int, T: int, dtype: torch.
     config = replace(PRESETS["135M"], vocab_size=vocab, max_position_embeddings=T)
     torch.manual_seed(0)
     if who.startswith("ours"):
-        keep_freed_memory()  # as train.py does
+        prepare_process()  # as train.py does
         model = SmolLM2(config).to(device).train()
         if who == "ours":
             compile_for_training(model)
@@ -158,7 +158,7 @@ def prefilling(who: str, device: str, folder: str, int8: bool, dtype: torch.dtyp
             with torch.inference_mode():
                 model(ids, use_cache=True, logits_to_keep=1)
     else:
-        keep_freed_memory()  # as sample.py does
+        prepare_process()  # as sample.py does
         model = from_pretrained(folder, device, torch.bfloat16)
         if int8:
             quantize(model, "int8")

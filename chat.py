@@ -19,7 +19,7 @@ from config import Count, Seed, guard, is_text, override
 
 from checkpoint import find, load, newest_run
 from conversations import Template, read_chat_template, start_renderer
-from device import keep_freed_memory, pick_device, pick_dtype
+from device import pick_device, pick_dtype, prepare_process
 from model import KVCache
 from sample import Heat, Penalty, TopP, generate, stream_text
 
@@ -106,7 +106,7 @@ HELP = "/reset: start over; /system TEXT: with that system message; /undo: forge
 
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
-    keep_freed_memory()
+    prepare_process()
     sys.stdin.reconfigure(errors="surrogateescape")
     path = s.model or newest_run(wanted=read_chat_template)
     chat = Chat(path, s.system, pick_device(s.device), pick_dtype(s.dtype), s.quantize)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import prepare
 from checkpoint import find, load, newest_run
 from dataloader import text_rows, to_device
-from device import keep_freed_memory, pick_autocast, pick_device
+from device import pick_autocast, pick_device, prepare_process
 from files import file_sha256
 
 
@@ -93,7 +93,7 @@ def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     if s.text and s.dataset:
         raise UserError("--text and --dataset: give one of them.")
-    keep_freed_memory()
+    prepare_process()
     path, device = s.model or newest_run(), pick_device(s.device)
     model, tokenizer = load(path, device, torch.float32)
     file = Path(s.text) if s.text else prepare.PLAY

@@ -27,7 +27,7 @@ from tokenizers.decoders import DecodeStream
 
 from checkpoint import find, load, metadata, newest_run
 from decode import MOST_ROWS, Decoder, reason_against
-from device import compile_for_generation, keep_freed_memory, pick_device, pick_dtype
+from device import compile_for_generation, pick_device, pick_dtype, prepare_process
 from files import damage_named
 from model import KVCache
 
@@ -217,7 +217,7 @@ def stream_text(tokenizer: Tokenizer, steps: Iterator[torch.Tensor]) -> Iterator
 
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
-    keep_freed_memory()
+    prepare_process()
     prompt = read_prompt(s.prompt)
 
     # the model, and a line about it on stderr: the text alone goes to stdout

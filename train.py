@@ -40,7 +40,7 @@ from device import (
     DTYPES,
     compile_for_training,
     join_processes,
-    keep_freed_memory,
+    prepare_process,
     peak_flops,
     pick_autocast,
     pick_compile,
@@ -222,7 +222,7 @@ def main():
     prepare_data(data)
     if goes_on(s) and data.tokenizer == "bpe":
         data.tokenizer = prepare.read_meta(data.dataset)["tokenizer"]  # check_resume() knows if it is another
-    keep_freed_memory()
+    prepare_process()
     rank, world, device = join_processes(pick_device(s.device))
     try:
         if s.global_batch_size % world:

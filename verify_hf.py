@@ -37,7 +37,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 import checkpoint
 from decode import Decoder, reason_against
-from device import keep_freed_memory, pick_device
+from device import pick_device, prepare_process
 from model import PRESETS, KVCache, SmolLM2, SmolLM2Config, rotate
 from ops import WIDEN_FROM
 from prepare import PLAY
@@ -667,7 +667,7 @@ def read_text(file: str) -> str:
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     warnings.simplefilter("ignore", FutureWarning)  # an argument is renamed in 5.24; the old name works until 5.40
-    keep_freed_memory()
+    prepare_process()
     transformers.logging.set_verbosity_error()  # its warnings are rows here
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="verify_hf_") as folder:

@@ -2,12 +2,14 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 
 from config import UserError
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import ROOT, tiny
 
 import device
 from device import compile_for_generation, join_processes, peak_flops, pick_autocast, pick_compile, pick_device
@@ -113,3 +115,17 @@ def test_compiled_decoding_is_the_same_model(kind):
     far = (found[0][1:] - found[1][:-1]).abs().mean()  # negative control: one position off
     near, allowed = (found[0] - found[1]).abs().mean(), 1e-6 if kind == "float32" else 0.02 * float(found[0].std())
     assert near < allowed < 0.1 * far
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_numbers_too_small_to_matter_are_zero(prepared):
+    """In all threads, since each is slow with them. Not prepared, they are not: the control."""
+    code = (
+        "import torch, device\n"
+        "torch.set_num_threads(2)\n"
+        f"{'device.prepare_process()' if prepared else ''}\n"
+        "small = torch.full((1 << 22,), 700_000, dtype=torch.int32).view(torch.float32)  # 1e-39\n"
+        "print(int((small * 0.5).view(torch.int32).count_nonzero()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == (0 if prepared else 1 << 22)

@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn import LinearCrossEntropyOptions  # noqa: E402
 
 import ops  # noqa: E402
-from device import keep_freed_memory  # noqa: E402
+from device import prepare_process  # noqa: E402
 
 SHAPES = ((5000, 4, 256), (49152, 2, 512))  # V, B, T; the width is SmolLM2-135M's
 
@@ -76,7 +76,7 @@ def memory(way, V, B, T):
 def main():
     if len(sys.argv) > 1:
         return memory(sys.argv[1], *map(int, sys.argv[2:]))
-    keep_freed_memory()  # as train.py does
+    prepare_process()  # as train.py does
     for shape in SHAPES:
         x, weight, targets = inputs(*shape)
         exact = [t.detach().double().requires_grad_() for t in (x, weight)]
