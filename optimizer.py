@@ -137,9 +137,9 @@ def decay_begins(s, decay_iters: int) -> int:
     return decay_iters - max(1, round(s.decay_fraction * decay_iters))
 
 
-def noise_ends(s, decay_iters: int) -> int:
-    """The first step whose inputs have no noise."""
-    return round(s.noise_until * decay_iters)
+def noise_ends(s, decay_iters: int) -> float:
+    """The first step whose inputs have no noise; inf where the noise has no end."""
+    return decay_iters - round(round(1 - s.noise_until, 9) * decay_iters) if s.noise_until < 1 else math.inf
 
 
 def check_schedule(s, decay_iters: int) -> list[str]:

@@ -44,6 +44,7 @@ class Progress:
     seconds: float = 0.0  # spent in steps, and in compiling
     recent_loss: float | None = None  # moving average of the training loss
     lr_decay_iters: int = 0  # the step at which the schedule ends
+    warmup_iters: int | None = None  # the step at which it reaches its peak; None in states of before 26 November 2026
     compile: bool | None = None  # whether the run began with compiled blocks
     other_texts: dict = field(default_factory=dict)  # bits per byte of the texts of also_eval before fine-tuning
     cpu_dtype: str | None = None  # what its products were in on a CPU, where "auto" goes by measured speed
@@ -88,7 +89,8 @@ def changes_accepted(s) -> list[str]:
 
 def read_progress(state: dict, file: Path) -> Progress:
     with damage_named(file, checkpoint.way_out_of(file)):
-        added = {"sampled": -1, "other_texts": {}, "cpu_dtype": None}  # earlier versions of train.py did not keep these
+        # earlier versions of train.py did not keep these
+        added = {"sampled": -1, "other_texts": {}, "cpu_dtype": None, "warmup_iters": None}
         p = Progress(**added | state["progress"])
         if p.cpu_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"cpu_dtype {p.cpu_dtype}")

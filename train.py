@@ -40,11 +40,11 @@ from device import (
     DTYPES,
     compile_for_training,
     join_processes,
-    prepare_process,
     peak_flops,
     pick_autocast,
     pick_compile,
     pick_device,
+    prepare_process,
     undo_compile,
 )
 from evaluate import evaluate, read_ids
@@ -147,13 +147,13 @@ class Run:
         if self.chat:
             self.facts["conversations"] = "packed"  # before 26 November 2026 each had a row to itself
 
-        self.asked_iters = s.max_iters
+        self.asked = replace(s)  # before the limit in epochs shortens it: what state.pt keeps
         shorten(s, most=s.max_epochs * self.rows.per_epoch / s.global_batch_size)
-        self.shortened = s.max_iters < self.asked_iters
+        self.shortened = s.max_iters < self.asked.max_iters
 
         # the state to resume from, if there is one
         self.state_file, state = self.out_dir / "state.pt", None
-        self.p = Progress(lr_decay_iters=s.lr_decay_iters or s.max_iters)
+        self.p = Progress(lr_decay_iters=s.lr_decay_iters or s.max_iters, warmup_iters=s.warmup_iters)
         self.resumed = goes_on(s)
         self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
         self.kept_loss, self.kept_step = math.inf, -1  # of the model that out_dir holds
@@ -214,14 +214,19 @@ class Run:
 def main():
     s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
     check_settings(s)
+    unnamed, source, of_default = data.tokenizer == "bpe", None, prepare.Settings().vocab_size
     if s.init_from not in ("auto", "resume", "scratch"):
         if not goes_on(s):  # else the model is not needed any more
-            checkpoint.find(s.init_from)
-        if data.tokenizer == "bpe":
+            source = checkpoint.find(s.init_from)
+        if unnamed:
             data.tokenizer = str(Path(s.init_from))  # no other fits the weights
     prepare_data(data)
-    if goes_on(s) and data.tokenizer == "bpe":
-        data.tokenizer = prepare.read_meta(data.dataset)["tokenizer"]  # check_resume() knows if it is another
+    if unnamed and (source or goes_on(s)):
+        meta, file = prepare.read_meta(data.dataset), source and source / "tokenizer.json"
+        # check_resume() knows if it is another; data for the model may have been made with its own, by another name
+        if source is None or file.is_file() and file_sha256(file) == meta["tokenizer_sha256"]:
+            data.tokenizer = meta["tokenizer"]
+            data.vocab_size = meta["vocab_size_asked"] if data.vocab_size == of_default else data.vocab_size
     prepare_process()
     rank, world, device = join_processes(pick_device(s.device))
     try:
@@ -561,7 +566,7 @@ def make_model(s: Settings, meta: dict, folder: Path, state: dict | None) -> tup
                 f"{folder} was made with another tokenizer than {s.init_from} has. Use another --dataset, or make it "
                 f"again: python prepare.py --dataset={folder.name} --tokenizer={s.init_from} (and --input)"
             )
-        new, has = asdict(Settings()), vars(model.config)  # what was given says something, and must not be ignored
+        new, has = asdict(Settings()), vars(model.config)  # what differs from the default was given: not to be ignored
         shape = [key for key in FIXED if key in has and getattr(s, key) not in (new[key], has[key])]
         if shape:
             given = "; ".join(f"--{key}={getattr(s, key)} was given, it has {has[key]}" for key in shape)
@@ -592,18 +597,19 @@ def announce(run: Run):
         f"step     micro-batch {run.micro} x accumulation {accumulation} x processes {run.world} = "
         f"{s.global_batch_size} rows x {s.block_size} tokens = {run.step_tokens:,} tokens"
     )
-    limit = f": max_epochs={s.max_epochs:g}, instead of {run.asked_iters:,}" if run.shortened else ""
+    limit = f": max_epochs={s.max_epochs:g}, instead of {run.asked.max_iters:,}" if run.shortened else ""
     epochs = s.max_iters / steps_per_epoch
     say(f"epochs   {steps_per_epoch:.1f} steps each, {epochs:.1f} in {s.max_iters:,} steps{limit}")
     if s.token_noise:
-        say(f"noise    {100 * s.token_noise:g}% of the input tokens until step {noise_ends(s, p.lr_decay_iters):,}")
-    # config/smol_shakespeare.py has 364 on Tiny Shakespeare, and is best after two epochs; the tiny recipe has 2
+        until = f" until step {noise_ends(s, p.lr_decay_iters):,}" if s.noise_until < 1 else ""
+        say(f"noise    {100 * s.token_noise:g}% of the input tokens{until}")
+    # config/smol_shakespeare.py has 364 on Tiny Shakespeare, the tiny recipe 2
     scratch, per_token = p.step == 0 and run.origin in ("auto", "scratch"), n["total"] / meta["train_tokens"]
     if scratch and per_token > 100 and epochs > 1:
         advice = "config/tiny_shakespeare.py suits a short text" if n["total"] > 10**7 else "more text would help most"
         say(
-            f"!! {per_token:,.0f} parameters for each token of the text: the model will soon know it by heart. What is "
-            f"kept is the best model on the way, which comes early; {advice}."
+            f"!! {per_token:,.0f} parameters for each token of the text: within a few epochs the model knows it by "
+            f"heart. What is kept is the best model on the way; {advice}."
         )
     elif scratch and not run.chat and not s.dropout and per_token > 10 and epochs > 4:
         say(
@@ -689,11 +695,13 @@ def rehearse(run: Run):
     """Try forward and backward before the first evaluation, and discard the gradients. Where memory is too small or
     compiling fails, that shows here, and is mended with a message."""
     started = time.perf_counter()
-    # room for the optimizer's two averages, which a new run has from its first step on (on a CPU they cost nothing yet)
-    averages = [torch.empty_like(p) for p in run.model.parameters() for _ in range(0 if run.resumed else 2)]
+    new_groups = [] if run.resumed else run.optimizer.param_groups
     while True:
         batches = micro_batches(run, run.p.step)
         try:
+            # room for what the optimizer keeps from its first step on: AdamW two averages, Muon one. On a CPU it costs
+            # nothing yet
+            kept = [torch.empty_like(p) for g in new_groups for p in g["params"] for _ in range(1 + ("betas" in g))]
             # the first two, since the second runs beside the gradients of the first; the last may be shorter
             for batch in batches[:2] + batches[2:][-1:]:
                 forward_backward(run, batch, last=True)
@@ -702,11 +710,12 @@ def rehearse(run: Run):
             break
         except Exception as error:
             recover(run, error)
+        kept = None
         run.optimizer.zero_grad(set_to_none=True)
         if run.device.startswith("cuda"):
             torch.cuda.empty_cache()
     run.optimizer.zero_grad(set_to_none=True)
-    del averages
+    del kept
     run.p.compile = run.compiled
     if run.device == "cpu":
         run.p.cpu_dtype = str(run.dtype)[6:]
@@ -764,10 +773,14 @@ def resume(run: Run) -> dict:
     state = checkpoint.load_state(run.state_file)
     # a setting that an earlier version of train.py did not have was what its default is
     state["settings"] = asdict(Settings()) | state["settings"]
-    if (s.max_epochs or state["settings"]["max_epochs"]) and "warmup_iters" not in accepted:
-        s.warmup_iters = state["settings"]["warmup_iters"]  # the limit in epochs shortens it, and may change
-    check_resume(state, s, run.facts, run.state_file)
     run.p, then = read_progress(state, run.state_file), state["settings"]
+    # a limit in epochs may change, and with it what it shortens: the warmup that was begun stays
+    asked, warmup = run.asked, run.p.warmup_iters
+    if warmup is None:  # of an earlier version, which kept the shortened one in the settings
+        asked, warmup = s, then["warmup_iters"]
+    check_resume(state, asked, run.facts, run.state_file)
+    if "warmup_iters" not in accepted:
+        s.warmup_iters = warmup
     run.saved, run.origin, ended = run.p.step, then["init_from"], run.p.lr_decay_iters
     if s.max_iters < run.p.step:
         limit = f"max_epochs={s.max_epochs:g} (--max_epochs=0 lifts it)" if run.shortened else "--max_iters"
@@ -785,7 +798,7 @@ def resume(run: Run) -> dict:
     elif s.lr_schedule == "cosine" and stretched > ended:
         before, after = (learning_rate_at(run.p.step, s, end) for end in (ended, stretched))
         run.say(f"         the schedule is stretched: the rate goes from {before:.1e} to {after:.1e}")
-    run.p.lr_decay_iters = stretched
+    run.p.lr_decay_iters, run.p.warmup_iters = stretched, s.warmup_iters
     if any(s_then != s_now for s_then, s_now in ((then[k], getattr(s, k)) for k in ("eval_rows", "block_size"))):
         run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")
         run.p.best_val_loss, run.p.best_step, run.p.since_best = math.inf, -1, 0
@@ -863,7 +876,8 @@ def save(run: Run, name: str = "state.pt") -> bool:
     file = run.out_dir / name
     try:
         if run.rank == 0:
-            settings = asdict(run.s) | {"init_from": run.origin}
+            asked = {key: getattr(run.asked, key) for key in ("warmup_iters", "lr_decay_iters")}
+            settings = asdict(run.s) | asked | {"init_from": run.origin}
             checkpoint.save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), settings, run.facts)
     except OSError as error:
         run.say(f"!! {file} could not be written ({error}); the previous one is kept and training goes on")

@@ -14,6 +14,7 @@ block_size = 1024  # the model was trained on 2,048 and more: the longer the row
 global_batch_size = 1
 micro_batch_size = 1
 max_iters = 280
+max_epochs = 2  # of a shorter text
 learning_rate = 2e-4  # a fifteenth of pretraining's: the weights are good already
 min_lr = 0.0
 warmup_iters = 20

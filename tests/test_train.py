@@ -384,7 +384,7 @@ def test_a_limit_in_epochs_may_change_in_the_middle(here, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         go(patch, *recipe)
-    warmup, end = state()["settings"]["warmup_iters"], state()["progress"]["lr_decay_iters"]
+    warmup, end = state()["progress"]["warmup_iters"], state()["progress"]["lr_decay_iters"]
     assert warmup == end // 4 < 100
     capsys.readouterr()
     with monkeypatch.context() as patch:
@@ -395,8 +395,13 @@ def test_a_limit_in_epochs_may_change_in_the_middle(here, monkeypatch, capsys):
         stop_at(patch, 7)
         go(patch, *recipe, "--max_epochs=3")
     monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(said)])
-    train.main()
-    assert state()["progress"]["step"] == end and state()["settings"]["warmup_iters"] == warmup
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        train.main()
+    train.main()  # also where that command was stopped
+    with pytest.raises(UserError, match="warmup_iters was 100, is 90"):  # negative control: what was given and changed
+        go(monkeypatch, *recipe, "--warmup_iters=90")
+    assert state()["progress"]["step"] == end and state()["settings"]["warmup_iters"] == 100
     go(monkeypatch, *recipe, "--out_dir=out/whole")
     assert log(key="lr") == log("out/whole", "lr") and log() == log("out/whole")
 
@@ -409,7 +414,8 @@ def test_more_steps_do_not_cut_the_schedule(here, monkeypatch, capsys):
     said = re.search(r"More steps: (.*)", capsys.readouterr().out)[1]
     assert "--max_iters=8" in said and "accept_changes" not in said
     go(monkeypatch, *asked, "--max_iters=16", "--lr_decay_iters=40", "--accept_changes=lr_decay_iters")
-    assert re.search(r"the schedule is stretched: the rate goes from 9.\de-03 to 9.\de-03", capsys.readouterr().out)
+    before, after = re.search(r"stretched: the rate goes from (\S+) to (\S+)", capsys.readouterr().out).groups()
+    assert 9e-3 < float(before) < float(after) <= 1e-2
 
 
 def test_an_evaluation_at_the_end_alone_stays_one(here, monkeypatch):
@@ -535,6 +541,19 @@ def test_a_resume_that_changes_nothing_is_the_same_run(here, monkeypatch):
     go(monkeypatch, "--max_iters=8")
     go(monkeypatch, "--max_iters=8", "--out_dir=out/changed", "--accept_changes=weight_decay")
     assert log() == log("out/changed") and same(state()["model"], state("out/changed")["model"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_noise_without_an_end_has_none(here, monkeypatch, schedule):
+    """Also beyond the end of the schedule."""
+    flags = ("--token_noise=0.3", f"--lr_schedule={schedule}", "--lr_decay_iters=4", "--eval_interval=4")
+    go(monkeypatch, *flags, "--max_iters=4")
+    go(monkeypatch, *flags, "--max_iters=8")
+    go(monkeypatch, *flags, "--max_iters=8", "--out_dir=out/whole")
+    assert log() == log("out/whole")
+    go(monkeypatch, *flags, "--max_iters=8", "--noise_until=0.99", "--out_dir=out/ends")  # negative control
+    assert log()[4] == log("out/ends")[4] and log()[5] != log("out/ends")[5]
 
 
 @pytest.mark.slow
@@ -1484,6 +1503,20 @@ def test_a_shape_that_fine_tuning_would_ignore_is_refused(here, monkeypatch):
         go(monkeypatch, *flags, "--num_hidden_layers=3", "--rope_theta=9")
     assert not (here / "out/t/model.safetensors").exists()
     go(monkeypatch, *flags)
+
+
+def test_data_of_the_same_tokenizer_are_taken_by_any_name(here, monkeypatch):
+    """What a run from scratch was trained on serves for fine-tuning its model, too, on a resume as well, without saying
+    how the tokenizer was made. Negative control: a flag that was given is compared."""
+    data, own = ("--dataset=d", "--vocab_size=301"), ("--init_from=out/t", "--dataset=d", "--out_dir=out/tuned")
+    go(monkeypatch, *data, "--max_iters=2")
+    unsaid = [flag for flag in SMALL if not flag.startswith(("--vocab_size", "--dataset", "--out_dir"))]
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", unsaid)
+    go(monkeypatch, *own, "--max_iters=2")
+    go(monkeypatch, *own, "--max_iters=4")
+    assert state("out/tuned")["progress"]["step"] == 4
+    with pytest.raises(UserError, match="prepared with vocab_size=301, asked is 300"):
+        go(monkeypatch, *own, "--max_iters=6", "--vocab_size=300")
 
 
 def test_fine_tuning_with_another_tokenizer_is_refused(here, monkeypatch):
