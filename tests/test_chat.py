@@ -998,7 +998,8 @@ def test_an_instruct_model_is_tuned_with_its_own_template(here, monkeypatch):
     model_directory(here / "smol", hf=tiny_hf(max_position_embeddings=512))
     write_talks("talks.jsonl", [talk(i) for i in range(20)])
     flags = "--input=talks.jsonl", "--init_from=smol", "--max_iters=2", "--block_size=256", "--eval_interval=1"
-    go(monkeypatch, *flags, "--sample_interval=1")
+    shape = "--hidden_size=48", "--intermediate_size=80", "--num_attention_heads=6"  # its own
+    go(monkeypatch, *flags, *shape, "--sample_interval=1")
     assert (here / "out/t/chat_template.jinja").read_text() == RELEASED
     assert IM_END in checkpoint.load("out/t")[0].config.eos_ids
     messages = turns("Hail", "Aye", system="s")
