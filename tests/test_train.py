@@ -406,6 +406,24 @@ def test_a_limit_in_epochs_may_change_in_the_middle(here, monkeypatch, capsys):
     assert log(key="lr") == log("out/whole", "lr") and log() == log("out/whole")
 
 
+@pytest.mark.slow
+def test_a_state_that_kept_the_shortened_warmup_goes_on(here, monkeypatch):
+    """As versions of before 26 November 2026 wrote it: twice, since the first resume writes it anew."""
+    recipe = ["--max_iters=1000", "--warmup_iters=100", "--eval_interval=500", "--max_epochs=1"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        go(patch, *recipe)
+    old = state()
+    old["settings"]["warmup_iters"] = old["progress"].pop("warmup_iters")
+    torch.save(old, "out/t/state.pt")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        go(patch, *recipe)
+    go(monkeypatch, *recipe)
+    go(monkeypatch, *recipe, "--out_dir=out/whole")
+    assert log(key="lr") == log("out/whole", "lr") and log() == log("out/whole")
+
+
 def test_more_steps_do_not_cut_the_schedule(here, monkeypatch, capsys):
     """A run that ends before its schedule is offered the rest of it. Stretched beyond its end the rate rises: said."""
     asked = ("--max_iters=4", "--lr_decay_iters=20")
