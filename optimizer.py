@@ -143,12 +143,7 @@ def noise_ends(s, decay_iters: int) -> float:
 
 
 def check_schedule(s, decay_iters: int) -> list[str]:
-    """Warnings about a schedule that makes little sense; UserError where its parts overlap."""
-    if s.lr_schedule == "wsd" and s.warmup_iters > decay_begins(s, decay_iters):
-        raise UserError(
-            f"--warmup_iters={s.warmup_iters} and a decay over --decay_fraction={s.decay_fraction} of {decay_iters:,} "
-            "steps overlap. Use a shorter warmup or decay, or more steps."
-        )
+    """Warnings about a schedule that makes little sense; UserError where noise ends too early."""
     if s.lr_schedule == "wsd" and s.token_noise and noise_ends(s, decay_iters) < decay_begins(s, decay_iters):
         raise UserError(
             f"--noise_until={s.noise_until:g} ends the noise before the decay begins (--decay_fraction="
@@ -158,6 +153,11 @@ def check_schedule(s, decay_iters: int) -> list[str]:
     end = min(s.max_iters, decay_iters) if s.lr_schedule != "constant" else s.max_iters
     if s.warmup_iters >= end > 0:
         warnings.append(f"--warmup_iters={s.warmup_iters}: it ends at step {end:,}, before the peak is reached")
+    elif s.lr_schedule == "wsd" and s.warmup_iters > decay_begins(s, decay_iters):
+        warnings.append(
+            f"--warmup_iters={s.warmup_iters}: the decay begins before its end, at step "
+            f"{decay_begins(s, decay_iters):,} (--decay_fraction={s.decay_fraction:g}); the rate drops there at once"
+        )
     if s.min_lr > s.learning_rate and s.lr_schedule != "constant":
         warnings.append(f"--min_lr={s.min_lr:g} is above --learning_rate={s.learning_rate:g}: the rate will rise")
     return warnings

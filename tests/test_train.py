@@ -1565,7 +1565,6 @@ def test_fine_tuning_with_another_tokenizer_is_refused(here, monkeypatch):
         (["--accept_changes=hidden_size"], "cannot change its model's shape"),
         (["--input=missing.txt", "--dataset=new"], "no such file"),
         (["--out_dir="], "--out_dir is empty"),
-        (["--lr_schedule=wsd", "--warmup_iters=11"], "overlap"),
         (["--lr_schedule=wsd", "--token_noise=0.1", "--noise_until=0.7"], "ends the noise before the decay"),
     ],
 )
@@ -1591,7 +1590,12 @@ def test_a_schedule_that_makes_no_sense_is_warned_of(here, monkeypatch, capsys):
     go(monkeypatch, "--max_iters=4", "--warmup_iters=9", "--min_lr=0.5")
     out = capsys.readouterr().out
     assert "!! --warmup_iters=9" in out and "!! --min_lr=0.5" in out and "done: 4 steps" in out
+    wsd = ("--max_iters=4", "--lr_schedule=wsd", "--decay_fraction=0.5")
+    go(monkeypatch, *wsd, "--warmup_iters=3", "--out_dir=out/v")
+    out = capsys.readouterr().out
+    assert "!! --warmup_iters=3: the decay begins before its end, at step 2" in out and "done: 4 steps" in out
     go(monkeypatch, "--max_iters=4", "--out_dir=out/u")
+    go(monkeypatch, *wsd, "--warmup_iters=2", "--out_dir=out/w")
     assert "!!" not in capsys.readouterr().out
 
 
