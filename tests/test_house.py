@@ -138,3 +138,11 @@ def test_what_the_list_of_words_points_to_is_there():
                 pointed += 1
             assert (ROOT / file).is_file(), place
     assert pointed > 15
+
+
+@pytest.mark.parametrize("flag", ["--seed=3", "--out_dir=out/mine"])
+def test_a_sweep_gives_each_run_its_own_seed_and_folder(flag):
+    """A flag that every run would have in common is refused before the first of them."""
+    tool = [sys.executable, ROOT / "tests/tools/sweep.py", "config/tiny_shakespeare.py", "/", flag]
+    done = subprocess.run(tool, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and f"{flag}: sweep.py gives each run its own" in done.stderr and not done.stdout

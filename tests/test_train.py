@@ -17,6 +17,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from config import UserError
 
@@ -1423,6 +1424,44 @@ def test_out_of_memory_beside_gradients_is_found_before_the_first_step(here, mon
     go(monkeypatch, "--micro_batch_size=4", "--max_iters=4")
     out = capsys.readouterr().out
     assert out.index("micro-batch 2 from here on") < out.index("step      1 ") and "done: 4 steps" in out
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_rehearsal_leaves_room_for_the_optimizers_averages(here, monkeypatch, optimizer):
+    """While the first micro-batch is tried, new memory has been taken that is as large as the state that the optimizer
+    has after a step; on a resume, which has that state, none."""
+    taken, real, room = [], train.forward_backward, torch.empty_like
+
+    def trying(run, *arguments, **kw):
+        trial.setdefault("room", sum(t.numel() for t in taken))  # at the first micro-batch
+        return real(run, *arguments, **kw)
+
+    def noticed(p, *arguments, **kw):
+        taken.append(room(p, *arguments, **kw))
+        return taken[-1]
+
+    monkeypatch.setattr(train, "forward_backward", trying)
+    monkeypatch.setattr(torch, "empty_like", noticed)
+    found = []
+    for steps in (2, 4):
+        trial = {}
+        taken.clear()
+        go(monkeypatch, f"--optimizer={optimizer}", f"--max_iters={steps}", "--eval_interval=2")
+        found.append(trial["room"])
+    averages = [t for entry in state()["optimizer"]["state"].values() for t in entry.values() if torch.is_tensor(t)]
+    assert found == [sum(t.numel() for t in averages if t.dim()), 0]
+
+
+def test_out_of_memory_says_what_to_make_smaller(here, monkeypatch):
+    """The micro-batch while it can be; at one row, the row or the model. Several processes do not halve it alone."""
+    run = SimpleNamespace(s=train.Settings(), micro=2, world=2, compiled=False)
+    with pytest.raises(UserError, match="not enough memory: .*Try a smaller --micro_batch_size"):
+        train.recover(run, RuntimeError("not enough memory: you tried to allocate 9 bytes"))
+    run.micro = 1
+    with pytest.raises(UserError, match="Try a smaller --block_size .*or a smaller model"):
+        train.recover(run, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(ZeroDivisionError):  # any other error is no question of memory
+        train.recover(run, ZeroDivisionError("x"))
 
 
 def test_a_run_needs_its_data_folder_for_tokens_alone(here, monkeypatch):
