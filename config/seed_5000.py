@@ -1,9 +1,9 @@
 # The experiment that this project comes from: the full shape on Shakespeare, 5,000 steps, then 50 more after a resume.
 #   python train.py config/smol_shakespeare.py config/seed_5000.py
 #   python train.py config/smol_shakespeare.py config/seed_5000.py --max_iters=5050
-# It goes on top of config/smol_shakespeare.py. Seventeen times through the text: the evaluations show the validation
-# loss turn and the training loss go on ("gap"), and out/seed_5000 keeps the best model, not the last. About four hours
-# on two CPU cores, where we have not run it whole; on a GPU many times less.
+# It goes on top of config/smol_shakespeare.py. Seventeen times through the text: the evaluations should show the
+# validation loss turn and the training loss go on ("gap"), and out/seed_5000 keeps the best model, not the last.
+# About four hours on two CPU cores, where we have not run it whole; on a GPU many times less.
 out_dir = "out/seed_5000"
 
 global_batch_size = 4

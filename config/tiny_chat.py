@@ -1,5 +1,5 @@
 # A chat model from scratch: config/tiny_play.py's model, tuned on the ferrywoman's conversations. It will babble: a
-# million parameters that have read one play know no facts. What it shows is the whole path, in minutes.
+# million parameters that have read one play know no facts. What it shows is the whole path, in a minute.
 #   python train.py config/tiny_play.py && python train.py config/tiny_chat.py
 #   python chat.py --model=out/tiny_chat
 #   python export_gguf.py --model=out/tiny_chat                     # for llama.cpp and Ollama
