@@ -118,13 +118,13 @@ class Together:
 
 
 def learning_rate_at(step: int, s, decay_iters: int) -> float:
-    """The learning rate of step 0, 1, ...: (1) warmup, (2) after the schedule's end min_lr, (3) in between."""
+    """The learning rate of step 0, 1, ...: (1) after the schedule's end min_lr, (2) warmup, (3) in between."""
+    if step >= decay_iters and s.lr_schedule != "constant":
+        return s.min_lr
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / s.warmup_iters
     if s.lr_schedule == "constant":
         return s.learning_rate
-    if step >= decay_iters:
-        return s.min_lr
     if s.lr_schedule == "cosine":
         progress = (step - s.warmup_iters) / (decay_iters - s.warmup_iters)
         return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
@@ -153,10 +153,10 @@ def check_schedule(s, decay_iters: int) -> list[str]:
     end = min(s.max_iters, decay_iters) if s.lr_schedule != "constant" else s.max_iters
     if s.warmup_iters >= end > 0:
         warnings.append(f"--warmup_iters={s.warmup_iters}: it ends at step {end:,}, before the peak is reached")
-    elif s.lr_schedule == "wsd" and s.warmup_iters > decay_begins(s, decay_iters):
+    elif s.lr_schedule == "wsd" and s.warmup_iters > decay_begins(s, decay_iters) and end > 0:
         warnings.append(
-            f"--warmup_iters={s.warmup_iters}: the decay begins before its end, at step "
-            f"{decay_begins(s, decay_iters):,} (--decay_fraction={s.decay_fraction:g}); the rate drops there at once"
+            f"--warmup_iters={s.warmup_iters}: by its end the decay has begun (--decay_fraction={s.decay_fraction:g} "
+            f"of {decay_iters:,} steps), and the rate drops at once"
         )
     if s.min_lr > s.learning_rate and s.lr_schedule != "constant":
         warnings.append(f"--min_lr={s.min_lr:g} is above --learning_rate={s.learning_rate:g}: the rate will rise")

@@ -8,7 +8,8 @@ Train SmolLM2 from scratch, or from released weights, on what prepare.py made. S
     torchrun --standalone --nproc_per_node=8 train.py config/smol_135m.py
 
 out/RUN/ is at every moment a Hugging Face model directory with the best model so far (lowest validation loss); beside
-it lie state.pt, everything a resume needs, and log.jsonl. The data are prepared first if they are not there.
+it lie state.pt, everything a resume needs, log.jsonl, and with a wsd schedule stable.pt, from where its decay began.
+The data are prepared first if they are not there.
 
 A step is `global_batch_size` rows of `block_size` tokens, however many processes and micro-batches share the work: the
 rows are a function of seed and step alone, so splitting them otherwise changes nothing but rounding (and what dropout
@@ -51,15 +52,7 @@ from evaluate import evaluate, read_ids
 from files import Busy, Log, exclusive, file_sha256
 from model import SmolLM2, SmolLM2Config
 from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizer, noise_ends
-from resume import (
-    FIXED,
-    Progress,
-    changes_accepted,
-    check_resume,
-    check_settings,
-    goes_on,
-    read_progress,
-)
+from resume import FIXED, Progress, changes_accepted, check_resume, check_settings, goes_on, read_progress
 from sample import generate
 
 
@@ -158,6 +151,7 @@ class Run:
         self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
         self.kept_loss, self.kept_step = math.inf, -1  # of the model that out_dir holds
         self.sound = -1  # the step at which check_sound() found it so
+        self.steady = True  # no step of a wsd schedule's decay is taken yet
         if self.resumed:
             state = resume(self)
         for warning in check_schedule(s, self.p.lr_decay_iters):
@@ -299,13 +293,17 @@ def loop(run: Run):
                 return
         if p.step >= s.max_iters:
             best = f"the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}"
+            best = best if run.kept_step >= 0 else "no trained model was kept"
             say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, {best}")
             script = "chat" if run.chat else "sample"
             report_other_texts(run)
-            say(f"{script}: python {script}.py --model={shlex.quote(s.out_dir)}")
+            if run.kept_step >= 0:
+                say(f"{script}: python {script}.py --model={shlex.quote(s.out_dir)}")
             return
-        if s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
+        if run.steady and s.lr_schedule == "wsd" and p.step >= decay_begins(s, p.lr_decay_iters):
             save(run, "stable.pt")  # a run that is prolonged goes on from here
+            run.steady = False
+            shown_at, shown_step = time.perf_counter(), p.step
         started = time.perf_counter()
 
         # set the learning rate of this step, and the noise on its inputs
@@ -353,7 +351,8 @@ def loop(run: Run):
         if stopping:
             break
     if not save(run):
-        raise UserError(f"stopped at step {p.step:,} and not saved. {last_good(run)}")
+        earlier = "There is no checkpoint" if run.saved is None else f"The same command goes on from step {run.saved:,}"
+        raise UserError(f"stopped at step {p.step:,} and not saved: make room on the disk. {earlier}.")
     say(f"stopped at step {p.step:,}, saved. Go on with: {run.again()}")
 
 
@@ -442,6 +441,7 @@ def evaluation(run: Run) -> bool:
     if loss is None:
         return False
     best = loss < p.best_val_loss
+    best_kept = best and loss < run.kept_loss  # another, where a stretched wsd schedule had decayed before
     p.evaluated = p.step
     p.since_best = 0 if best else p.since_best + 1
     if best:
@@ -451,12 +451,12 @@ def evaluation(run: Run) -> bool:
     gap = "" if p.recent_loss is None else f" | train {p.recent_loss:.4f} | gap {loss - p.recent_loss:+.4f}"
     run.say(
         f"eval {p.step:>6} | val {loss:.4f} | ppl {perplexity:.2f} | {bpb:.4f} bits per byte{gap} | "
-        f"{time.perf_counter() - started:.1f} s" + (" | best so far" if best else "")
+        f"{time.perf_counter() - started:.1f} s" + (" | best so far" if best_kept else "")
     )
     if run.rank > 0:
         return True
     run.log.write(
-        step=p.step, val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss, best=best,
+        step=p.step, val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss, best=best_kept,
         seconds=round(p.seconds, 1),
     )  # fmt: skip
     if loss < run.kept_loss and (run.saved is not None or p.step == 0):
@@ -623,7 +623,8 @@ def announce(run: Run):
     else:
         say("peak     unknown, so no MFU: --peak_tflops")
     if run.resumed:
-        say(f"resume   {run.state_file} at step {p.step:,}, best validation loss {p.best_val_loss:.4f}")
+        best = min(p.best_val_loss, run.kept_loss)
+        say(f"resume   {run.state_file} at step {p.step:,}, best validation loss {best:.4f}")
         if s.max_iters > p.lr_decay_iters and s.lr_schedule != "constant":
             stretched = run.again(lr_decay_iters=s.max_iters, accept_changes="lr_decay_iters")
             say(
@@ -642,7 +643,7 @@ def already_finished(run: Run) -> bool:
     """Whether the run had come to its end before; prints what would continue it."""
     s, p = run.s, run.p
     if p.step >= s.max_iters and p.evaluated == p.step:
-        longer = dict(max_iters=2 * s.max_iters) | (dict(max_epochs=0) if s.max_epochs else {})
+        longer = dict(max_iters=2 * s.max_iters or Settings().max_iters) | (dict(max_epochs=0) if s.max_epochs else {})
         if run.shortened:
             longer |= dict(eval_interval=s.eval_interval)
         if s.lr_schedule != "constant" and p.lr_decay_iters < longer["max_iters"]:
@@ -669,6 +670,8 @@ def set_up(run: Run):
 def begin(run: Run):
     """Make the folder a complete model directory."""
     s, p, out_dir, model = run.s, run.p, run.out_dir, run.model
+    if run.state_file.name == "stable.pt":
+        save(run)  # before log.jsonl loses what comes after that step
     first_save = min(s.max_iters, (p.step // s.eval_interval + 1) * s.eval_interval)
     run.say(f"saves    to {out_dir}, first at step {first_save:,}, then every {s.eval_interval:,} steps")
     if run.rank > 0:
@@ -781,23 +784,27 @@ def resume(run: Run) -> dict:
     check_resume(state, asked, run.facts, run.state_file)
     if "warmup_iters" not in accepted:
         s.warmup_iters = warmup
-    run.saved, run.origin, ended = run.p.step, then["init_from"], run.p.lr_decay_iters
+    run.saved, run.origin = run.p.step, then["init_from"]
     if s.max_iters < run.p.step:
         limit = f"max_epochs={s.max_epochs:g} (--max_epochs=0 lifts it)" if run.shortened else "--max_iters"
         raise UserError(f"{run.out_dir} is at step {run.p.step:,} already; {limit} ends it at {s.max_iters:,}.")
-    stretched = (s.lr_decay_iters or s.max_iters) if "lr_decay_iters" in accepted else ended
-    begun = run.p.step > decay_begins(replace(s, decay_fraction=then["decay_fraction"]), ended)
-    if s.lr_schedule == "wsd" and stretched > ended and begun:
-        stable = run.out_dir / "stable.pt"
-        if stable.is_file():
-            run.say(f"         the schedule is stretched: back from step {run.p.step:,} to where its decay began")
-            run.state_file, state = stable, checkpoint.load_state(stable)
-            run.p = read_progress(state, stable)
-        else:
-            run.say(f"!! {stable} is missing: the rate rises again from a state that has decayed")
-    elif s.lr_schedule == "cosine" and stretched > ended:
-        before, after = (learning_rate_at(run.p.step, s, end) for end in (ended, stretched))
-        run.say(f"         the schedule is stretched: the rate goes from {before:.1e} to {after:.1e}")
+    asked_end = run.asked.lr_decay_iters or s.max_iters
+    ended = run.p.lr_decay_iters if run.p.step else asked_end  # no step has been taken by a schedule: it is free
+    stretched = asked_end if "lr_decay_iters" in accepted else ended
+    before = replace(s, **{key: then[key] for key in ("lr_schedule", "decay_fraction", "learning_rate", "min_lr")})
+    begun = before.lr_schedule == "wsd" and run.p.step > decay_begins(before, ended)
+    rates = [f"{learning_rate_at(run.p.step, *of):.1e}" for of in ((before, ended), (s, stretched))]
+    stable = run.out_dir / "stable.pt"
+    if s.lr_schedule == "wsd" and stretched > ended and begun and stable.is_file():
+        run.say(f"         the schedule is stretched: back from step {run.p.step:,} to where its decay began")
+        state.clear()  # its memory, before the other is read
+        run.state_file, state, begun = stable, checkpoint.load_state(stable), False
+        run.p = read_progress(state, stable)
+    elif s.lr_schedule == "wsd" and stretched > ended and begun:
+        run.say(f"!! {stable} is missing: the rate rises again from a state that has decayed")
+    elif rates[0] != rates[1] and run.p.step < s.max_iters:
+        run.say(f"         the schedule is another: the rate goes from {rates[0]} to {rates[1]}")
+    run.steady = not begun or run.p.step <= decay_begins(s, stretched)
     run.p.lr_decay_iters, run.p.warmup_iters = stretched, s.warmup_iters
     if any(s_then != s_now for s_then, s_now in ((then[k], getattr(s, k)) for k in ("eval_rows", "block_size"))):
         run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")
@@ -876,11 +883,11 @@ def save(run: Run, name: str = "state.pt") -> bool:
     file = run.out_dir / name
     try:
         if run.rank == 0:
-            asked = {key: getattr(run.asked, key) for key in ("warmup_iters", "lr_decay_iters")}
-            settings = asdict(run.s) | asked | {"init_from": run.origin}
+            settings = asdict(run.asked) | {"init_from": run.origin}
             checkpoint.save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), settings, run.facts)
     except OSError as error:
-        run.say(f"!! {file} could not be written ({error}); the previous one is kept and training goes on")
+        earlier = "the previous one is kept" if file.is_file() else "there is none yet"
+        run.say(f"!! {file} could not be written ({error}); {earlier} and training goes on")
         return False
     if name == "state.pt":
         run.saved = run.p.step

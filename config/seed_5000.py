@@ -6,8 +6,6 @@
 # About four hours on two CPU cores, where we have not run it whole; on a GPU many times less.
 out_dir = "out/seed_5000"
 
-global_batch_size = 4
-micro_batch_size = 4
 max_iters = 5000
 max_epochs = 18
 patience = 0  # to the end, whatever the validation loss does

@@ -127,7 +127,9 @@ def test_learning_rate_schedules():
         assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
         if schedule != "constant":
             assert rates[100] == rates[119] == 0.1 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    s.lr_schedule = "wsd"
+    s.lr_schedule, s.warmup_iters = "wsd", 200  # an end within the warmup is an end
+    assert [train.learning_rate_at(i, s, 100) for i in (99, 100, 199)] == [0.5, 0.1, 0.1]
+    s.warmup_iters = 10
     assert train.learning_rate_at(80, s, 100) == 1.0 and abs(train.learning_rate_at(90, s, 100) - 0.55) < 1e-9
 
 
@@ -433,7 +435,7 @@ def test_more_steps_do_not_cut_the_schedule(here, monkeypatch, capsys):
     said = re.search(r"More steps: (.*)", capsys.readouterr().out)[1]
     assert "--max_iters=8" in said and "accept_changes" not in said
     go(monkeypatch, *asked, "--max_iters=16", "--lr_decay_iters=40", "--accept_changes=lr_decay_iters")
-    before, after = re.search(r"stretched: the rate goes from (\S+) to (\S+)", capsys.readouterr().out).groups()
+    before, after = re.search(r"another: the rate goes from (\S+) to (\S+)", capsys.readouterr().out).groups()
     assert 9e-3 < float(before) < float(after) <= 1e-2
 
 
@@ -699,6 +701,77 @@ def test_a_stretch_asks_when_the_decay_had_begun(here, monkeypatch, capsys):
     go(monkeypatch, *wsd, "--decay_fraction=0.1", *changed)
     assert "back from step 9 to where its decay began" in capsys.readouterr().out
     assert log(key="lr")[7] == 0.01
+
+
+def test_a_decay_that_is_moved_to_the_past_can_be_taken_back(here, monkeypatch, capsys):
+    """A schedule cut so short that its decay would have begun before: the state of now is kept for a longer one, in
+    place of an older, and the jump of the rate is said. Control: where nothing is moved nothing is said."""
+    wsd, leave = ("--lr_schedule=wsd", "--decay_fraction=0.5"), "--accept_changes=lr_decay_iters"
+    go(monkeypatch, *wsd)  # its decay began at step 6
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        go(patch, *wsd, "--max_iters=20", "--lr_decay_iters=20", leave)
+    assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 6
+    at_nine = state()["model"]
+    capsys.readouterr()
+    go(monkeypatch, *wsd, "--max_iters=12", "--lr_decay_iters=12", leave)
+    assert "the schedule is another: the rate goes from 1.0e-02 to 5.1e-03" in capsys.readouterr().out
+    kept = torch.load("out/t/stable.pt", weights_only=True)
+    assert kept["progress"]["step"] == 9 and same(kept["model"], at_nine)
+    go(monkeypatch, *wsd, "--max_iters=16", "--lr_decay_iters=12")
+    assert "the schedule is another" not in capsys.readouterr().out
+    go(monkeypatch, *wsd, "--max_iters=24", "--lr_decay_iters=24", leave)
+    assert "back from step 16 to where its decay began" in capsys.readouterr().out
+
+
+def test_a_decayed_cosine_has_no_stable_phase_to_go_back_to(here, monkeypatch, capsys):
+    """A run that becomes a wsd one late is not sent back to a stable.pt of before; the jump of its rate is said."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        go(patch)
+    shutil.copy("out/t/state.pt", "out/t/stable.pt")
+    capsys.readouterr()
+    accepted = "--accept_changes=lr_schedule,lr_decay_iters"
+    go(monkeypatch, "--lr_schedule=wsd", "--max_iters=24", "--lr_decay_iters=24", accepted)
+    out = capsys.readouterr().out
+    assert "back from" not in out and re.search(r"the schedule is another: the rate goes from \S+ to 1.0e-02", out)
+    assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 19
+
+
+def test_a_run_without_a_step_has_no_schedule_yet(here, monkeypatch, capsys):
+    """An evaluation alone (--max_iters=0), then the run: its rates are those of a run that began with its steps. The
+    command that is printed for more steps has some."""
+    save_hf_directory(here / "base")
+    tune = ("--init_from=base", "--tokenizer=base", *OF_TINY_HF, "--dataset=own", "--min_lr=0")
+    for schedule in ("--lr_schedule=cosine", "--lr_schedule=wsd"):
+        out_dir = f"--out_dir=out/{schedule[-3:]}"
+        for _ in range(2):
+            go(monkeypatch, *tune, schedule, out_dir, "--max_iters=0")
+        out = capsys.readouterr().out
+        assert "--max_iters=1000" in re.search(r"More steps: (.*)", out)[1] and "!!" not in out
+        go(monkeypatch, *tune, schedule, out_dir, "--max_iters=8")
+        go(monkeypatch, *tune, schedule, "--max_iters=8", "--out_dir=out/whole")
+        assert log(out_dir[10:], "lr") == log("out/whole", "lr") and "!!" not in capsys.readouterr().out
+        shutil.rmtree("out/whole")
+
+
+def test_a_model_that_is_not_kept_is_not_called_the_best(here, monkeypatch, capsys):
+    """After the way back to the stable phase the folder holds a decayed model: what is worse is no "best so far", on
+    the terminal or in the log, and the folder is of one step from its first moment on."""
+    wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5", "--eval_interval=6")
+    go(monkeypatch, *wsd)
+    kept = checkpoint.metadata("out/t")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:  # killed as soon as the log is shortened
+        patch.setattr(train, "loop", lambda run: (_ for _ in ()).throw(ZeroDivisionError))
+        with pytest.raises(ZeroDivisionError):
+            go(patch, *wsd, "--max_iters=24", "--lr_decay_iters=24", "--accept_changes=lr_decay_iters")
+    assert f"best validation loss {float(kept['val_loss']):.4f}" in capsys.readouterr().out
+    assert state()["progress"]["step"] == max(log()) == 6
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: 9.0)
+    go(monkeypatch, *wsd, "--max_iters=24", "--lr_decay_iters=24", "--accept_changes=lr_decay_iters")
+    assert "best so far" not in capsys.readouterr().out and checkpoint.metadata("out/t") == kept
+    assert log(key="best") == {6: True, 12: False, 18: False, 24: False}
 
 
 @pytest.mark.parametrize(
@@ -1023,6 +1096,56 @@ def test_a_state_that_is_damaged_or_evil_is_refused(here, monkeypatch):
     assert (here / "out/t/model.safetensors").read_bytes() == model
     (here / "out/t/state.pt").write_bytes(good)
     go(monkeypatch, "--max_iters=6")
+
+
+def test_either_state_is_a_way_out_where_the_other_is_damaged(here, monkeypatch):
+    """state.pt damaged: stable.pt takes its name, and the end is the same to the last bit. stable.pt damaged: the run
+    itself stays whole, and without that file it can be prolonged from its end. A run without stable.pt is told of none.
+    """
+    wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5")
+    longer = ("--max_iters=16", "--lr_decay_iters=16", "--accept_changes=lr_decay_iters")
+    go(monkeypatch, *wsd)
+    end = state()["model"]
+    Path("out/t/state.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="Rename out/t/stable.pt to state.pt"):
+        go(monkeypatch, *wsd)
+    os.rename("out/t/stable.pt", "out/t/state.pt")
+    go(monkeypatch, *wsd)
+    assert same(end, state()["model"])
+    Path("out/t/stable.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="state.pt beside it is not touched by this. Delete out/t/stable.pt") as told:
+        go(monkeypatch, *wsd, *longer)
+    assert "scratch" not in str(told.value) and same(end, state()["model"])
+    os.remove("out/t/stable.pt")
+    go(monkeypatch, *wsd, *longer)
+    assert state()["progress"]["step"] == 16
+    Path("out/t/state.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError) as told:
+        go(monkeypatch, *wsd, *longer)
+    assert "stable.pt" not in str(told.value)
+
+
+def test_a_stop_that_finds_the_disk_full_is_no_matter_of_the_rate(here, monkeypatch, capsys):
+    """It asks for room, and says what the same command goes on from; a run to its end without room keeps no model, and
+    says that."""
+    stop_at(monkeypatch, 6)
+    real = checkpoint.save_state
+
+    def full(*arguments):
+        if arguments[5]["max_iters"] != 12 or arguments[4]["step"] > 4:
+            raise OSError("No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    with pytest.raises(UserError, match="at step 7 and not saved: make room on .* goes on from step 4") as told:
+        go(monkeypatch)
+    assert "learning_rate" not in str(told.value) and "the previous one is kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match="at step 7 and not saved: make room on the disk. There is no checkpoint"):
+        go(monkeypatch, "--max_iters=20", "--out_dir=out/u")
+    assert "there is none yet" in capsys.readouterr().out
+    go(monkeypatch, "--max_iters=5", "--out_dir=out/v")
+    out = capsys.readouterr().out
+    assert "no trained model was kept" in out and "sample.py" not in out
 
 
 @pytest.mark.slow
@@ -1632,7 +1755,8 @@ def test_a_schedule_that_makes_no_sense_is_warned_of(here, monkeypatch, capsys):
     wsd = ("--max_iters=4", "--lr_schedule=wsd", "--decay_fraction=0.5")
     go(monkeypatch, *wsd, "--warmup_iters=3", "--out_dir=out/v")
     out = capsys.readouterr().out
-    assert "!! --warmup_iters=3: the decay begins before its end, at step 2" in out and "done: 4 steps" in out
+    assert "!! --warmup_iters=3: by its end the decay has begun (--decay_fraction=0.5 of 4" in out
+    assert "done: 4 steps" in out
     go(monkeypatch, "--max_iters=4", "--out_dir=out/u")
     go(monkeypatch, *wsd, "--warmup_iters=2", "--out_dir=out/w")
     assert "!!" not in capsys.readouterr().out

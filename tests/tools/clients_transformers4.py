@@ -122,7 +122,7 @@ def main():
         tokens, texts, largest = compare(model, tokenizer, theirs)
         print(f"transformers {version} on {directory.name}, {len(PROMPTS)} prompts:")
         print(f"  tokenized otherwise {tokens}, continued otherwise {texts}, logits differ by at most {largest:.1e}")
-        wrong = Path(shutil.copytree(directory, folder / "wrong", ignore=shutil.ignore_patterns("state.pt", "*.gguf")))
+        wrong = Path(shutil.copytree(directory, folder / "wrong", ignore=shutil.ignore_patterns("*.pt", "*.gguf")))
         config = read_json(wrong / "config.json")
         config.pop("rope_theta", None)
         write_json(wrong / "config.json", config)
