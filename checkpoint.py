@@ -439,7 +439,7 @@ def restore(state: dict, path: Path, model: SmolLM2, optimizer, scaler):
 def way_out_of(path: Path) -> str:
     """What to do about a state that cannot be read: state.pt, or stable.pt, of where a wsd schedule's decay began."""
     stable = path.with_name("stable.pt")
-    if path == stable:
+    if path.name == stable.name:
         return f"state.pt beside it is not touched by this. Delete {path}, and the schedule is stretched from state.pt."
     earlier = f"Rename {stable} to state.pt to go on from where the decay began. " if stable.is_file() else ""
     return (

@@ -152,7 +152,7 @@ def check_schedule(s, decay_iters: int) -> list[str]:
     warnings = []
     end = min(s.max_iters, decay_iters) if s.lr_schedule != "constant" else s.max_iters
     if s.warmup_iters >= end > 0:
-        warnings.append(f"--warmup_iters={s.warmup_iters}: it ends at step {end:,}, before the peak is reached")
+        warnings.append(f"--warmup_iters={s.warmup_iters}: at step {end:,}, the last, the rate has only risen")
     elif s.lr_schedule == "wsd" and s.warmup_iters > decay_begins(s, decay_iters) and end > 0:
         warnings.append(
             f"--warmup_iters={s.warmup_iters}: by its end the decay has begun (--decay_fraction={s.decay_fraction:g} "

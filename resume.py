@@ -1,20 +1,21 @@
 """
 What a run may go on from: its numbers, which settings may have changed, and what stands in the way.
 
-    from resume import Progress, check_resume, check_settings, goes_on, read_progress
+    from resume import Progress, check_settings, goes_on, resume
 
 `s` is always train.py's Settings. The states themselves are read and written by checkpoint.py.
 """
 
 import math
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from config import UserError
 
 import checkpoint
 from files import damage_named
+from optimizer import decay_begins, learning_rate_at
 
 # Settings that may differ between a stop and a resume: none of them changes what a step does, but for rounding (another
 # device or micro-batch) and for what dropout drops there. max_iters and max_epochs say where the run ends. Every other
@@ -85,6 +86,64 @@ def goes_on(s) -> bool:
 
 def changes_accepted(s) -> list[str]:
     return [key.strip() for key in s.accept_changes.split(",") if key.strip()]
+
+
+def resume(run) -> dict:
+    """Read the state that train.py's Run goes on from, and take its numbers. UserError where it is damaged, or of a
+    run with other settings or data."""
+    s, accepted = run.s, changes_accepted(run.s)
+    state = checkpoint.load_state(run.state_file)
+    # a setting that an earlier version of train.py did not have was what its default is
+    state["settings"] = asdict(type(s)()) | state["settings"]
+    run.p, then = read_progress(state, run.state_file), state["settings"]
+    # a limit in epochs may change, and with it what it shortens: the warmup that was begun stays
+    asked, warmup = run.asked, run.p.warmup_iters
+    if warmup is None:  # of an earlier version, which kept the shortened one in the settings
+        asked, warmup = s, then["warmup_iters"]
+    check_resume(state, asked, run.facts, run.state_file)
+    if "warmup_iters" not in accepted and run.p.step:
+        s.warmup_iters = warmup
+    run.saved, run.origin = run.p.step, then["init_from"]
+    if s.max_iters < run.p.step:
+        limit = f"max_epochs={s.max_epochs:g} (--max_epochs=0 lifts it)" if run.shortened else "--max_iters"
+        raise UserError(f"{run.out_dir} is at step {run.p.step:,} already; {limit} ends it at {s.max_iters:,}.")
+    same = ("lr_schedule", "decay_fraction", "learning_rate", "min_lr")
+    state = resume_schedule(run, state, replace(s, **{key: then[key] for key in same}, warmup_iters=warmup))
+    if any(then[key] != getattr(s, key) for key in ("eval_rows", "block_size")):
+        run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")
+        run.p.best_val_loss, run.p.best_step, run.p.since_best = math.inf, -1, 0
+        run.p.other_texts = {}
+    else:
+        kept = checkpoint.metadata(run.out_dir)
+        run.kept_loss, run.kept_step = float(kept.get("val_loss", "inf")), int(kept.get("step", -1))
+    return state
+
+
+def resume_schedule(run, state: dict, before) -> dict:
+    """The schedule ends where it ended, unless lr_decay_iters may change. before: the settings it has had until now.
+
+    A wsd schedule that is stretched after its decay has begun is stretched from stable.pt, the state at the beginning
+    of the decay, whose contents are returned then. The folder keeps the better model of the two ends.
+    """
+    s, stable = run.s, run.out_dir / "stable.pt"
+    asked = s.lr_decay_iters or s.max_iters
+    ended = run.p.lr_decay_iters if run.p.step else asked  # before its first step a run has no schedule yet
+    end = asked if "lr_decay_iters" in changes_accepted(s) else ended
+    begun = before.lr_schedule == "wsd" and run.p.step > decay_begins(before, ended)
+    if s.lr_schedule == "wsd" and begun and end > ended:
+        if stable.is_file():
+            run.say(f"         the schedule is stretched: back from step {run.p.step:,} to where its decay began")
+            state.clear()  # its memory, before the other is read
+            run.state_file, state, begun = stable, checkpoint.load_state(stable), False
+            run.p = read_progress(state, stable)
+        else:
+            run.say(f"!! {stable} is missing: the rate rises again from a state that has decayed")
+    run.steady = not begun or not stable.is_file() and run.p.step <= decay_begins(s, end)
+    rates = [f"{learning_rate_at(run.p.step, *of):.3g}" for of in ((before, ended), (s, end))]
+    if rates[0] != rates[1] and run.p.step < s.max_iters:
+        run.say(f"         the learning rate goes from {rates[0]} to {rates[1]}")
+    run.p.lr_decay_iters, run.p.warmup_iters = end, s.warmup_iters
+    return state
 
 
 def read_progress(state: dict, file: Path) -> Progress:

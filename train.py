@@ -52,7 +52,7 @@ from evaluate import evaluate, read_ids
 from files import Busy, Log, exclusive, file_sha256
 from model import SmolLM2, SmolLM2Config
 from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizer, noise_ends
-from resume import FIXED, Progress, changes_accepted, check_resume, check_settings, goes_on, read_progress
+from resume import FIXED, Progress, changes_accepted, check_settings, goes_on, resume
 from sample import generate
 
 
@@ -82,7 +82,7 @@ class Settings:
     min_lr: NotNegative = 1e-4  # where the schedule ends
     warmup_iters: Whole = 50  # steps from 0 to the peak
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warmup, stable, linear decay, SmolLM2's own
-    lr_decay_iters: Whole = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first start
+    lr_decay_iters: Whole = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first steps
     decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: how much of the run decays
     token_noise: Share = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
     noise_until: Annotated[float, Within(above=0, most=1)] = 1.0  # share of the schedule that has this noise; after it
@@ -195,13 +195,13 @@ class Run:
             self.compiled, self.compile_reason = self.p.compile, "as when this run began"
 
     def again(self, **changes) -> str:
-        """The command that goes on with this run, with some of its settings changed."""
+        """The command that goes on with this run, with some of its settings changed, or left out where None."""
         if self.s.init_from == "scratch":  # which would begin anew
             changes["init_from"] = "auto"
         if "accept_changes" in changes:
             changes["accept_changes"] = ",".join(dict.fromkeys([*changes_accepted(self.s), changes["accept_changes"]]))
         kept = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0].replace("-", "_") not in changes]
-        line = shlex.join([*kept, *(f"--{key}={value}" for key, value in changes.items())])
+        line = shlex.join([*kept, *(f"--{key}={value}" for key, value in changes.items() if value is not None)])
         return f"python {line}" if self.world == 1 else f"torchrun, as before, with {line}"
 
 
@@ -293,16 +293,15 @@ def loop(run: Run):
                 return
         if p.step >= s.max_iters:
             best = f"the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}"
-            best = best if run.kept_step >= 0 else "no trained model was kept"
+            best = best if run.kept_loss < math.inf else "and no model of them was kept"
             say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, {best}")
             script = "chat" if run.chat else "sample"
             report_other_texts(run)
-            if run.kept_step >= 0:
+            if run.kept_loss < math.inf:
                 say(f"{script}: python {script}.py --model={shlex.quote(s.out_dir)}")
             return
-        if run.steady and s.lr_schedule == "wsd" and p.step >= decay_begins(s, p.lr_decay_iters):
+        if run.steady and s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
             save(run, "stable.pt")  # a run that is prolonged goes on from here
-            run.steady = False
             shown_at, shown_step = time.perf_counter(), p.step
         started = time.perf_counter()
 
@@ -351,8 +350,8 @@ def loop(run: Run):
         if stopping:
             break
     if not save(run):
-        earlier = "There is no checkpoint" if run.saved is None else f"The same command goes on from step {run.saved:,}"
-        raise UserError(f"stopped at step {p.step:,} and not saved: make room on the disk. {earlier}.")
+        earlier = f"Go on from step {run.saved:,} with: {run.again()}" if run.saved is not None else "Nothing was, yet."
+        raise UserError(f"stopped at step {p.step:,}, which was not saved (see above). {earlier}")
     say(f"stopped at step {p.step:,}, saved. Go on with: {run.again()}")
 
 
@@ -441,7 +440,7 @@ def evaluation(run: Run) -> bool:
     if loss is None:
         return False
     best = loss < p.best_val_loss
-    best_kept = best and loss < run.kept_loss  # another, where a stretched wsd schedule had decayed before
+    best_kept = loss < min(p.best_val_loss, run.kept_loss)  # a wsd schedule that was stretched had decayed before
     p.evaluated = p.step
     p.since_best = 0 if best else p.since_best + 1
     if best:
@@ -643,11 +642,13 @@ def already_finished(run: Run) -> bool:
     """Whether the run had come to its end before; prints what would continue it."""
     s, p = run.s, run.p
     if p.step >= s.max_iters and p.evaluated == p.step:
-        longer = dict(max_iters=2 * s.max_iters or Settings().max_iters) | (dict(max_epochs=0) if s.max_epochs else {})
+        longer = dict(max_iters=2 * s.max_iters) | (dict(max_epochs=0) if s.max_epochs else {})
         if run.shortened:
             longer |= dict(eval_interval=s.eval_interval)
         if s.lr_schedule != "constant" and p.lr_decay_iters < longer["max_iters"]:
             longer |= dict(lr_decay_iters=longer["max_iters"], accept_changes="lr_decay_iters")
+        if not s.max_iters:  # an evaluation alone: the recipe's own steps are left
+            longer = dict(max_iters=None)
         run.say(f"finished at step {p.step:,}. More steps: {run.again(**longer)}")
         return True
     if run.resumed and s.patience and p.since_best >= s.patience:
@@ -670,15 +671,19 @@ def set_up(run: Run):
 def begin(run: Run):
     """Make the folder a complete model directory."""
     s, p, out_dir, model = run.s, run.p, run.out_dir, run.model
-    if run.state_file.name == "stable.pt":
-        save(run)  # before log.jsonl loses what comes after that step
     first_save = min(s.max_iters, (p.step // s.eval_interval + 1) * s.eval_interval)
     run.say(f"saves    to {out_dir}, first at step {first_save:,}, then every {s.eval_interval:,} steps")
     if run.rank > 0:
         return
+    for name in ("state.pt", "stable.pt", "log.jsonl", "model.safetensors", "config.json", "generation_config.json"):
+        (out_dir / f"{name}.tmp").unlink(missing_ok=True)  # of a process that was killed
     if not run.resumed:
         for name in ("state.pt", "stable.pt", "log.jsonl"):
             (out_dir / name).unlink(missing_ok=True)
+    elif run.state_file.name == "stable.pt" and not save(run):  # log.jsonl is about to lose what comes after its step
+        raise UserError("state.pt must be written to go back to that step. Nothing has changed.")
+    if run.steady and s.lr_schedule == "wsd" and 0 <= decay_begins(s, p.lr_decay_iters) < p.step:
+        save(run, "stable.pt")  # a shorter schedule: the loop comes too late for it
     if not run.resumed or not (out_dir / "tokenizer.json").is_file():
         tokenizer, eos = run.folder / "tokenizer.json", run.meta["eos_token"]
         template = run.folder / "chat_template.jinja" if run.chat else None
@@ -689,8 +694,6 @@ def begin(run: Run):
         if run.source_dir is None:
             first_weights["untrained"] = "true"
         checkpoint.save_pretrained(model, out_dir, first_weights)
-    for name in ("state.pt", "stable.pt", "log.jsonl", "model.safetensors", "config.json", "generation_config.json"):
-        (out_dir / f"{name}.tmp").unlink(missing_ok=True)  # of a process that was killed
     run.log = Log(out_dir / "log.jsonl", p.step, p.evaluated, p.sampled, run.say)
 
 
@@ -765,57 +768,6 @@ def recover(run: Run, error: Exception):
         raise error
 
 
-def resume(run: Run) -> dict:
-    """Read the state to go on from, and take the numbers of the run from it. UserError where the run in it was another,
-    or it is damaged.
-
-    Where a wsd schedule is stretched after its decay has begun, that is not state.pt but stable.pt, the state at the
-    beginning of the decay. The folder keeps the better model of the two ends.
-    """
-    s, accepted = run.s, changes_accepted(run.s)
-    state = checkpoint.load_state(run.state_file)
-    # a setting that an earlier version of train.py did not have was what its default is
-    state["settings"] = asdict(Settings()) | state["settings"]
-    run.p, then = read_progress(state, run.state_file), state["settings"]
-    # a limit in epochs may change, and with it what it shortens: the warmup that was begun stays
-    asked, warmup = run.asked, run.p.warmup_iters
-    if warmup is None:  # of an earlier version, which kept the shortened one in the settings
-        asked, warmup = s, then["warmup_iters"]
-    check_resume(state, asked, run.facts, run.state_file)
-    if "warmup_iters" not in accepted:
-        s.warmup_iters = warmup
-    run.saved, run.origin = run.p.step, then["init_from"]
-    if s.max_iters < run.p.step:
-        limit = f"max_epochs={s.max_epochs:g} (--max_epochs=0 lifts it)" if run.shortened else "--max_iters"
-        raise UserError(f"{run.out_dir} is at step {run.p.step:,} already; {limit} ends it at {s.max_iters:,}.")
-    asked_end = run.asked.lr_decay_iters or s.max_iters
-    ended = run.p.lr_decay_iters if run.p.step else asked_end  # no step has been taken by a schedule: it is free
-    stretched = asked_end if "lr_decay_iters" in accepted else ended
-    before = replace(s, **{key: then[key] for key in ("lr_schedule", "decay_fraction", "learning_rate", "min_lr")})
-    begun = before.lr_schedule == "wsd" and run.p.step > decay_begins(before, ended)
-    rates = [f"{learning_rate_at(run.p.step, *of):.1e}" for of in ((before, ended), (s, stretched))]
-    stable = run.out_dir / "stable.pt"
-    if s.lr_schedule == "wsd" and stretched > ended and begun and stable.is_file():
-        run.say(f"         the schedule is stretched: back from step {run.p.step:,} to where its decay began")
-        state.clear()  # its memory, before the other is read
-        run.state_file, state, begun = stable, checkpoint.load_state(stable), False
-        run.p = read_progress(state, stable)
-    elif s.lr_schedule == "wsd" and stretched > ended and begun:
-        run.say(f"!! {stable} is missing: the rate rises again from a state that has decayed")
-    elif rates[0] != rates[1] and run.p.step < s.max_iters:
-        run.say(f"         the schedule is another: the rate goes from {rates[0]} to {rates[1]}")
-    run.steady = not begun or run.p.step <= decay_begins(s, stretched)
-    run.p.lr_decay_iters, run.p.warmup_iters = stretched, s.warmup_iters
-    if any(s_then != s_now for s_then, s_now in ((then[k], getattr(s, k)) for k in ("eval_rows", "block_size"))):
-        run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")
-        run.p.best_val_loss, run.p.best_step, run.p.since_best = math.inf, -1, 0
-        run.p.other_texts = {}
-    else:
-        kept = checkpoint.metadata(run.out_dir)
-        run.kept_loss, run.kept_step = float(kept.get("val_loss", "inf")), int(kept.get("step", -1))
-    return state
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # stopping and saving
 
@@ -887,7 +839,7 @@ def save(run: Run, name: str = "state.pt") -> bool:
             checkpoint.save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), settings, run.facts)
     except OSError as error:
         earlier = "the previous one is kept" if file.is_file() else "there is none yet"
-        run.say(f"!! {file} could not be written ({error}); {earlier} and training goes on")
+        run.say(f"!! {file} could not be written ({error}); {earlier}")
         return False
     if name == "state.pt":
         run.saved = run.p.step

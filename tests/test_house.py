@@ -15,8 +15,8 @@ DATA = ["prepare", "dataloader"]
 MAY_IMPORT = {name: ORDER[:i] for i, name in enumerate(ORDER)} | {
     "prepare": ["config", "files", "conversations"],  # no torch: it must start at once
     "dataloader": ["config", "files", "prepare"],
-    "resume": ["config", "files", "checkpoint"],
     "optimizer": ["config"],
+    "resume": ["config", "files", "checkpoint", "optimizer"],
     "evaluate": ORDER + DATA,
     "train": ORDER + DATA + ["resume", "optimizer", "evaluate"],
     "verify_hf": ORDER + DATA + ["resume", "optimizer", "evaluate", "train"],

@@ -435,7 +435,7 @@ def test_more_steps_do_not_cut_the_schedule(here, monkeypatch, capsys):
     said = re.search(r"More steps: (.*)", capsys.readouterr().out)[1]
     assert "--max_iters=8" in said and "accept_changes" not in said
     go(monkeypatch, *asked, "--max_iters=16", "--lr_decay_iters=40", "--accept_changes=lr_decay_iters")
-    before, after = re.search(r"another: the rate goes from (\S+) to (\S+)", capsys.readouterr().out).groups()
+    before, after = re.search(r"the learning rate goes from (\S+) to (\S+)", capsys.readouterr().out).groups()
     assert 9e-3 < float(before) < float(after) <= 1e-2
 
 
@@ -705,7 +705,7 @@ def test_a_stretch_asks_when_the_decay_had_begun(here, monkeypatch, capsys):
 
 def test_a_decay_that_is_moved_to_the_past_can_be_taken_back(here, monkeypatch, capsys):
     """A schedule cut so short that its decay would have begun before: the state of now is kept for a longer one, in
-    place of an older, and the jump of the rate is said. Control: where nothing is moved nothing is said."""
+    place of an older, before anything else is saved, and the jump of the rate is said."""
     wsd, leave = ("--lr_schedule=wsd", "--decay_fraction=0.5"), "--accept_changes=lr_decay_iters"
     go(monkeypatch, *wsd)  # its decay began at step 6
     with monkeypatch.context() as patch:
@@ -714,14 +714,34 @@ def test_a_decay_that_is_moved_to_the_past_can_be_taken_back(here, monkeypatch, 
     assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 6
     at_nine = state()["model"]
     capsys.readouterr()
-    go(monkeypatch, *wsd, "--max_iters=12", "--lr_decay_iters=12", leave)
-    assert "the schedule is another: the rate goes from 1.0e-02 to 5.1e-03" in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # stopped before its first step
+        patch.setattr(train, "evaluate", lambda *_, **__: None)
+        go(patch, *wsd, "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=9", leave)
+    assert "the learning rate goes from 0.01 to 0.00505" in capsys.readouterr().out
     kept = torch.load("out/t/stable.pt", weights_only=True)
     assert kept["progress"]["step"] == 9 and same(kept["model"], at_nine)
-    go(monkeypatch, *wsd, "--max_iters=16", "--lr_decay_iters=12")
-    assert "the schedule is another" not in capsys.readouterr().out
+    go(monkeypatch, *wsd, "--max_iters=12", "--lr_decay_iters=12")
+    assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 9
     go(monkeypatch, *wsd, "--max_iters=24", "--lr_decay_iters=24", leave)
-    assert "back from step 16 to where its decay began" in capsys.readouterr().out
+    assert "back from step 12 to where its decay began" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_rate_goes_on_where_it_was_or_says_so(here, monkeypatch, capsys, schedule):
+    """A stop in mid-decay and the same command: nothing is said, and the rates are those of a run without a stop, also
+    where max_epochs shortens the schedule that was asked for. What is changed with leave is said where it shows."""
+    flags = (f"--lr_schedule={schedule}", "--decay_fraction=0.5", "--max_iters=90", "--lr_decay_iters=90")
+    flags += ("--max_epochs=0.5", "--warmup_iters=2", "--accept_changes=lr_decay_iters")  # ten steps
+    go(monkeypatch, *flags, "--out_dir=out/whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        go(patch, *flags)
+    shutil.copytree("out/t", "out/changed")
+    capsys.readouterr()
+    go(monkeypatch, *flags)
+    assert "the learning rate goes" not in capsys.readouterr().out and log(key="lr") == log("out/whole", "lr")
+    go(monkeypatch, *flags, "--learning_rate=5e-3", "--accept_changes=learning_rate", "--out_dir=out/changed")
+    assert "the learning rate goes from" in capsys.readouterr().out
 
 
 def test_a_decayed_cosine_has_no_stable_phase_to_go_back_to(here, monkeypatch, capsys):
@@ -734,24 +754,25 @@ def test_a_decayed_cosine_has_no_stable_phase_to_go_back_to(here, monkeypatch, c
     accepted = "--accept_changes=lr_schedule,lr_decay_iters"
     go(monkeypatch, "--lr_schedule=wsd", "--max_iters=24", "--lr_decay_iters=24", accepted)
     out = capsys.readouterr().out
-    assert "back from" not in out and re.search(r"the schedule is another: the rate goes from \S+ to 1.0e-02", out)
+    assert "back from" not in out and re.search(r"the learning rate goes from \S+ to 0.01\n", out)
     assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 19
 
 
 def test_a_run_without_a_step_has_no_schedule_yet(here, monkeypatch, capsys):
     """An evaluation alone (--max_iters=0), then the run: its rates are those of a run that began with its steps. The
-    command that is printed for more steps has some."""
+    command that is printed then is the recipe's own. In a short text both are shortened alike."""
     save_hf_directory(here / "base")
-    tune = ("--init_from=base", "--tokenizer=base", *OF_TINY_HF, "--dataset=own", "--min_lr=0")
+    tune = ("--init_from=base", "--tokenizer=base", *OF_TINY_HF, "--dataset=own", "--min_lr=0", "--max_epochs=0.5")
+    tune += ("--warmup_iters=90", "--lr_decay_iters=95")
     for schedule in ("--lr_schedule=cosine", "--lr_schedule=wsd"):
         out_dir = f"--out_dir=out/{schedule[-3:]}"
         for _ in range(2):
             go(monkeypatch, *tune, schedule, out_dir, "--max_iters=0")
         out = capsys.readouterr().out
-        assert "--max_iters=1000" in re.search(r"More steps: (.*)", out)[1] and "!!" not in out
-        go(monkeypatch, *tune, schedule, out_dir, "--max_iters=8")
-        go(monkeypatch, *tune, schedule, "--max_iters=8", "--out_dir=out/whole")
-        assert log(out_dir[10:], "lr") == log("out/whole", "lr") and "!!" not in capsys.readouterr().out
+        assert not {"--max_iters=0", "--max_epochs=0"} & set(re.search(r"More steps: (.*)", out)[1].split())
+        go(monkeypatch, *tune, schedule, out_dir, "--max_iters=100")
+        go(monkeypatch, *tune, schedule, "--max_iters=100", "--out_dir=out/whole")
+        assert log(out_dir[10:], "lr") == log("out/whole", "lr") and 4 < len(log("out/whole", "lr")) < 90
         shutil.rmtree("out/whole")
 
 
@@ -1126,7 +1147,7 @@ def test_either_state_is_a_way_out_where_the_other_is_damaged(here, monkeypatch)
 
 
 def test_a_stop_that_finds_the_disk_full_is_no_matter_of_the_rate(here, monkeypatch, capsys):
-    """It asks for room, and says what the same command goes on from; a run to its end without room keeps no model, and
+    """It says what the run goes on from, and with which command; a run to its end without room keeps no model, and
     says that."""
     stop_at(monkeypatch, 6)
     real = checkpoint.save_state
@@ -1137,15 +1158,15 @@ def test_a_stop_that_finds_the_disk_full_is_no_matter_of_the_rate(here, monkeypa
         real(*arguments)
 
     monkeypatch.setattr(checkpoint, "save_state", full)
-    with pytest.raises(UserError, match="at step 7 and not saved: make room on .* goes on from step 4") as told:
+    with pytest.raises(UserError, match="at step 7, which was not saved .* Go on from step 4 with: python") as told:
         go(monkeypatch)
-    assert "learning_rate" not in str(told.value) and "the previous one is kept" in capsys.readouterr().out
-    with pytest.raises(UserError, match="at step 7 and not saved: make room on the disk. There is no checkpoint"):
+    assert "lower" not in str(told.value) and "the previous one is kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match="at step 7, which was not saved .*. Nothing was, yet."):
         go(monkeypatch, "--max_iters=20", "--out_dir=out/u")
     assert "there is none yet" in capsys.readouterr().out
     go(monkeypatch, "--max_iters=5", "--out_dir=out/v")
     out = capsys.readouterr().out
-    assert "no trained model was kept" in out and "sample.py" not in out
+    assert "no model of them was kept" in out and "sample.py" not in out
 
 
 @pytest.mark.slow
