@@ -1346,6 +1346,19 @@ def test_processes_do_not_matter(here, monkeypatch, optimizer):
 
 
 @pytest.mark.slow
+def test_two_processes_go_back_to_the_stable_phase_together(here, monkeypatch):
+    """A wsd schedule stretched by two processes is the run of one that was given all its steps."""
+    wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5", "--out_dir=out/two", "--micro_batch_size=4")
+    go(monkeypatch, *wsd, "--max_iters=8")
+    done = torchrun(*wsd, "--max_iters=12", "--lr_decay_iters=12", "--accept_changes=lr_decay_iters")
+    assert done.returncode == 0 and "back from step 8 to where" in done.stdout, done.stderr[-2000:]
+    go(monkeypatch, *wsd, "--out_dir=out/one")
+    one, two = log("out/one"), log("out/two")
+    assert one.keys() == two.keys() and all(abs(one[i] - two[i]) < 2e-5 for i in one)
+    assert log("out/one", "lr") == log("out/two", "lr")
+
+
+@pytest.mark.slow
 def test_a_dying_process_ends_the_job(here):
     """One of two dies in the middle: the job ends with a message and a failure, it does not hang."""
     (here / "dies.py").write_text(
