@@ -68,7 +68,9 @@ def library():
     if platform.system() == "Linux":  # Apple's clang comes without OpenMP: one thread there
         flags.append("-fopenmp")
     if platform.machine() == "x86_64":
-        flags.append("-mprefer-vector-width=512")
+        # on AMD GCC would multiply and add in one step with eight sums, but not with one: then a text has other bits in
+        # company than alone
+        flags += ["-mprefer-vector-width=512", "--param=avoid-fma-max-bits=0"]
     processor = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
     binary = Path(compiler).resolve()
     version = str(binary), binary.stat().st_size, binary.stat().st_mtime_ns  # asking it would take longer
