@@ -748,14 +748,14 @@ def test_a_decayed_cosine_has_no_stable_phase_to_go_back_to(here, monkeypatch, c
     """A run that becomes a wsd one late is not sent back to a stable.pt of before; the jump of its rate is said."""
     with monkeypatch.context() as patch:
         stop_at(patch, 9)
-        go(patch)
+        go(patch, "--decay_fraction=0.5")
     shutil.copy("out/t/state.pt", "out/t/stable.pt")
     capsys.readouterr()
     accepted = "--accept_changes=lr_schedule,lr_decay_iters"
-    go(monkeypatch, "--lr_schedule=wsd", "--max_iters=24", "--lr_decay_iters=24", accepted)
+    go(monkeypatch, "--lr_schedule=wsd", "--decay_fraction=0.5", "--max_iters=24", "--lr_decay_iters=24", accepted)
     out = capsys.readouterr().out
     assert "back from" not in out and re.search(r"the learning rate goes from \S+ to 0.01\n", out)
-    assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 19
+    assert torch.load("out/t/stable.pt", weights_only=True)["progress"]["step"] == 12
 
 
 def test_a_run_without_a_step_has_no_schedule_yet(here, monkeypatch, capsys):
@@ -789,7 +789,8 @@ def test_a_model_that_is_not_kept_is_not_called_the_best(here, monkeypatch, caps
             go(patch, *wsd, "--max_iters=24", "--lr_decay_iters=24", "--accept_changes=lr_decay_iters")
     assert f"best validation loss {float(kept['val_loss']):.4f}" in capsys.readouterr().out
     assert state()["progress"]["step"] == max(log()) == 6
-    monkeypatch.setattr(train, "evaluate", lambda *_, **__: 9.0)
+    # better than at step 6, worse than the model that is kept
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: float(kept["val_loss"]) + 1e-3)
     go(monkeypatch, *wsd, "--max_iters=24", "--lr_decay_iters=24", "--accept_changes=lr_decay_iters")
     assert "best so far" not in capsys.readouterr().out and checkpoint.metadata("out/t") == kept
     assert log(key="best") == {6: True, 12: False, 18: False, 24: False}
