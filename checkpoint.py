@@ -438,9 +438,9 @@ def restore(state: dict, path: Path, model: SmolLM2, optimizer, scaler):
 
 def way_out_of(path: Path) -> str:
     """What to do about a state that cannot be read: state.pt, or stable.pt, of where a wsd schedule's decay began."""
-    stable = path.with_name("stable.pt")
-    if path.name == stable.name:
+    if path.name == "stable.pt":
         return f"state.pt beside it is not touched by this. Delete {path}, and the schedule is stretched from state.pt."
+    stable = path.with_name("stable.pt")
     earlier = f"Rename {stable} to state.pt to go on from where the decay began. " if stable.is_file() else ""
     return (
         f"{earlier}The best model in {path.parent} is not touched by this. Start over from random weights with "

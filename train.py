@@ -292,13 +292,7 @@ def loop(run: Run):
                 report_other_texts(run)
                 return
         if p.step >= s.max_iters:
-            best = f"the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}"
-            best = best if run.kept_loss < math.inf else "and no model of them was kept"
-            say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes, {best}")
-            script = "chat" if run.chat else "sample"
-            report_other_texts(run)
-            if run.kept_loss < math.inf:
-                say(f"{script}: python {script}.py --model={shlex.quote(s.out_dir)}")
+            finish(run)
             return
         if run.steady and s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
             save(run, "stable.pt")  # a run that is prolonged goes on from here
@@ -353,6 +347,18 @@ def loop(run: Run):
         earlier = f"Go on from step {run.saved:,} with: {run.again()}" if run.saved is not None else "Nothing was, yet."
         raise UserError(f"stopped at step {p.step:,}, which was not saved (see above). {earlier}")
     say(f"stopped at step {p.step:,}, saved. Go on with: {run.again()}")
+
+
+def finish(run: Run):
+    """What the run has come to, and the command that uses it."""
+    kept = run.kept_loss < math.inf
+    best = f"the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}"
+    best = best if kept else "and no model of them was kept"
+    run.say(f"done: {run.p.step:,} steps in {run.p.seconds / 60:.1f} minutes, {best}")
+    report_other_texts(run)
+    if kept:
+        script = "chat" if run.chat else "sample"
+        run.say(f"{script}: python {script}.py --model={shlex.quote(run.s.out_dir)}")
 
 
 def micro_batches(run: Run, step: int) -> list[range]:

@@ -135,8 +135,8 @@ def test_rope_tables_are_computed_on_the_cpu():
 @pytest.mark.parametrize("H, K", [(6, 2), (4, 4), (5, 1)])
 @pytest.mark.parametrize("T, start", [(1, 0), (12, 0), (1, 9), (7, 5), (600, 0), (70, 600)])
 def test_attention_is_its_formula(H, K, T, start):
-    """Values and gradients of PyTorch's kernels against the formula, written out. A key's gradient is a sum over all
-    queries, of 20 or so at the longest, and what rounding may do grows with it."""
+    """Values and gradients of PyTorch's kernels against the formula, written out. The gradients of keys and values are
+    sums over all queries, up to 25 at the longest, and rounding grows with them (7e-5 on an EPYC without AVX-512)."""
     q, k, v = torch.randn(2, H, T, 8), torch.randn(2, K, start + T, 8), torch.randn(2, K, start + T, 8)
 
     def formula(q, k, v, start):
@@ -149,7 +149,8 @@ def test_attention_is_its_formula(H, K, T, start):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         y = way(*leaves, start)
         sides.append((y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), leaves)))
-    assert all((a - b).abs().max() < 1e-5 * max(1, b.abs().max()) for a, b in zip(*sides))
+    sizes = (1, 1, *(max(1, float(a.abs().max())) for a in sides[0][2:]))
+    assert all((a - b).abs().max() < 1e-5 * size for a, b, size in zip(*sides, sizes))
     if T > 1:  # negative control: each query sees one key too few
         assert (smol.attend(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], start) - sides[0][0][:, :, 1:]).abs().max() > 1e-3
 
