@@ -70,7 +70,7 @@ def pick_autocast(name: str, device: str) -> tuple[torch.dtype, str]:
             raise UserError(f"--dtype={name}: expected auto, {', '.join(DTYPES)}.")
         return DTYPES[name], "as asked"
     if device.startswith("cuda"):
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) >= (8, 0):
             return torch.bfloat16, f"CUDA capability {major}.{minor} has bfloat16"
         return torch.float16, f"CUDA capability {major}.{minor} has no bfloat16; float16 with loss scaling"
@@ -103,7 +103,7 @@ def peak_flops(device: str, dtype: torch.dtype, given_tflops: float = 0.0) -> tu
             best = min(best, time.perf_counter() - before)
         return 2 * n**3 / best, "measured"
     if device.startswith("cuda") and dtype != torch.float32:
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name(device)
         for key, tflops in KNOWN_PEAK_TFLOPS.items():
             if re.search(rf"\b{key}\b(?! (?:Ti|D)\b)(?!.*\b(?:MIG|Laptop)\b)", name):
                 return tflops * 1e12, f"data sheet of {key}"
@@ -121,7 +121,7 @@ def pick_compile(choice: str, device: str, flops: float, peak: float) -> tuple[b
         return False, "not tried on Windows"
     if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return False, "there is no C++ compiler"
-    if device.startswith("cuda") and torch.cuda.get_device_capability() < (7, 0):
+    if device.startswith("cuda") and torch.cuda.get_device_capability(device) < (7, 0):
         return False, "this GPU is too old for Triton"
     if device != "cpu" and not device.startswith("cuda"):
         return False, f"compiled training is not reliable on {device}"
@@ -194,6 +194,8 @@ def join_processes(device: str) -> tuple[int, int, str]:
         said = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
         raise UserError(f"{said}: not what torchrun sets. Start with torchrun, or unset these to go alone.") from None
     if world > 1:
+        if device.startswith("cuda:"):
+            raise UserError(f"--device={device}: each of {world} processes takes a GPU of its own. Use --device=cuda.")
         # torch._dynamo, which the first optimizer loads, imports this module, whose functions have the group of that
         # moment as a default. Imported while there is none, it does not keep ours alive past its end, when gloo's
         # threads can abort the process.
@@ -203,3 +205,11 @@ def join_processes(device: str) -> tuple[int, int, str]:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world, device
+
+
+def of_first(value, world: int):
+    """The first process's value, in all of them; each must call it at the same point."""
+    shared = [value]
+    if world > 1:
+        dist.broadcast_object_list(shared)
+    return shared[0]

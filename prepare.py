@@ -8,11 +8,12 @@ Text to tokens: data/NAME/tokenizer.json, train.bin, val.bin and meta.json, from
     python prepare.py --input=talks.jsonl --dataset=talks --tokenizer=out/SmolLM2-135M-Instruct --show=3    # to chat
     python prepare.py config/tiny_shakespeare.py                        # what train.py does by itself for a recipe
 
-A .jsonl file holds a document per line, in its "text" field, or a conversation per line, in "messages" (chat.py says
-what else it takes); any other file is one document of UTF-8 text. A tenth of the text becomes validation, and the
-tokenizer is trained on the rest alone. Of ten different documents or more, a hash of the text chooses which: evenly
-over the corpus, copies of a document together, the same ones in every run. Of fewer it is the last ones, of one its
-last part. Each document ends with <|endoftext|>. Texts are read in pieces, so they may be larger than memory.
+A .jsonl file holds a document per line, in its "text" field, or a conversation per line, in "messages"
+(conversations.py says what else it takes); any other file is one document of UTF-8 text. A tenth of the text becomes
+validation, and the tokenizer is trained on the rest alone. Of ten different documents or more, a hash of the text
+chooses which: evenly over the corpus, copies of a document together, the same ones in every run. Of fewer it is the
+last ones, of one its last part. Each document ends with <|endoftext|>. Texts are read in pieces, so they may be larger
+than memory.
 
 The .bin files are little-endian uint16 token ids without a header, as in nanoGPT. Conversations have train.mask.bin and
 val.mask.bin beside them, a byte for each token: 1 where it is to be learnt, 2 where a conversation begins, else 0.
@@ -68,6 +69,7 @@ LINE = 16 << 20  # characters of a line of a .jsonl file, which is held whole
 MANY = 10  # different documents, from which a hash chooses those for validation
 HASHES = 1 << 16
 PORTION = 1 << 22  # characters of conversations that are rendered at once
+COMPARED = 64 << 20  # bytes: before a run, an input that is smaller is compared by what it holds, not by its size alone
 TOKENIZER_BYTES = 16 << 20  # of text that a tokenizer is trained on: more make hardly a better one
 DISTINCT_BYTES = 2 << 20  # of different words in it: training takes up to 140 times as much memory
 # Parts of a text for the trainer, which is quadratic in the length of a word; and about what it takes for a word.
@@ -135,6 +137,23 @@ def shakespeare() -> Path:
     with atomic(path) as temporary:
         temporary.write_bytes(text)
     return path
+
+
+def text_changed(s: Settings, meta: dict) -> bool:
+    """Whether the input of a prepared data set is not what it was any more. One that has gone is no change."""
+    asked = Settings(input=s.input or meta.get("input", ""), dataset=s.dataset)
+    own = [DATA / name / "input.txt" for name in (s.dataset, "shakespeare")]
+    if asked.input in ("", "shakespeare") and not any(file.is_file() for file in own):
+        return False  # the play, or a download that was deleted: none is made for this
+    try:
+        files = find_input(asked)
+        size, sha256 = sum(os.path.getsize(file) for file in files), hashlib.sha256()
+        for file in files if size < COMPARED else ():
+            sha256.update(file.read_bytes())
+    except (UserError, OSError):
+        return False
+    known = meta.get("source_bytes", size)  # earlier versions did not keep it
+    return size != known or size < COMPARED and sha256.hexdigest() != meta["source_sha256"]
 
 
 @dataclass
@@ -667,6 +686,14 @@ META = dict(
 )  # fmt: skip
 
 
+def command(dataset: str, meta: dict) -> str:
+    """The command that makes a data set again as it was made."""
+    asked = dict(
+        dataset=dataset, input=meta.get("input"), tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size_asked"]
+    )
+    return "python prepare.py " + shlex.join(f"--{key}={value}" for key, value in asked.items() if value)
+
+
 def read_meta(dataset: str) -> dict:
     """meta.json of data/DATASET. UserError if it is damaged, or the files beside it are not the ones it describes."""
     folder = DATA / dataset
@@ -676,11 +703,7 @@ def read_meta(dataset: str) -> dict:
         wrong = [k for k, kind in META.items() if type(meta.get(k)) is not kind or kind is int and meta[k] < 0]
         if wrong:
             raise ValueError(f"missing or wrong: {', '.join(wrong)}")
-    asked = dict(
-        dataset=dataset, input=meta.get("input"), tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size_asked"]
-    )
-    flags = shlex.join(f"--{key}={value}" for key, value in asked.items() if value)
-    again = f"Make it again with: python prepare.py {flags}"
+    again = f"Make it again with: {command(dataset, meta)}"
     for part in ("train", "val"):
         file = folder / f"{part}.bin"
         size = file.stat().st_size if file.is_file() else 0

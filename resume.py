@@ -98,8 +98,9 @@ def resume(run) -> dict:
     run.p, then = read_progress(state, run.state_file), state["settings"]
     # a limit in epochs may change, and with it what it shortens: the warmup that was begun stays
     asked, warmup = run.asked, run.p.warmup_iters
-    if warmup is None:  # of an earlier version, which kept the shortened one in the settings
-        asked, warmup = s, then["warmup_iters"]
+    if warmup is None:  # of an earlier version, which kept what a limit in epochs had shortened it to
+        warmup = then["warmup_iters"]
+        asked = replace(s, warmup_iters=warmup) if s.max_epochs or then["max_epochs"] else s
     check_resume(state, asked, run.facts, run.state_file)
     if "warmup_iters" not in accepted and run.p.step:
         s.warmup_iters = warmup
@@ -109,7 +110,14 @@ def resume(run) -> dict:
         raise UserError(f"{run.out_dir} is at step {run.p.step:,} already; {limit} ends it at {s.max_iters:,}.")
     same = ("lr_schedule", "decay_fraction", "learning_rate", "min_lr")
     state = resume_schedule(run, state, replace(s, **{key: then[key] for key in same}, warmup_iters=warmup))
-    if any(then[key] != getattr(s, key) for key in ("eval_rows", "block_size")):
+    begun = state["settings"]  # stable.pt's may be others than state.pt's
+    before, now = (run.p.step * of["global_batch_size"] * of["block_size"] for of in (begun, asdict(s)))
+    if before != now:
+        run.say(
+            f"!! another size of step: {before:,} tokens were read so far, the next is number {now:,}; those between "
+            f"are {'left out' if now > before else 'read again'}"
+        )
+    if any(of.get(key) != getattr(s, key) for key in ("eval_rows", "block_size") for of in (then, begun)):
         run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")
         run.p.best_val_loss, run.p.best_step, run.p.since_best = math.inf, -1, 0
         run.p.other_texts = {}
@@ -138,7 +146,7 @@ def resume_schedule(run, state: dict, before) -> dict:
             run.p = read_progress(state, stable)
         else:
             run.say(f"!! {stable} is missing: the rate rises again from a state that has decayed")
-    run.steady = not begun or not stable.is_file() and run.p.step <= decay_begins(s, end)
+    run.steady = not begun or run.p.step <= decay_begins(s, end)
     rates = [f"{learning_rate_at(run.p.step, *of):.3g}" for of in ((before, ended), (s, end))]
     if rates[0] != rates[1] and run.p.step < s.max_iters:
         run.say(f"         the learning rate goes from {rates[0]} to {rates[1]}")

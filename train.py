@@ -41,6 +41,7 @@ from device import (
     DTYPES,
     compile_for_training,
     join_processes,
+    of_first,
     peak_flops,
     pick_autocast,
     pick_compile,
@@ -151,11 +152,17 @@ class Run:
         self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
         self.kept_loss, self.kept_step = math.inf, -1  # of the model that out_dir holds
         self.sound = -1  # the step at which check_sound() found it so
-        self.steady = True  # no step of a wsd schedule's decay is taken yet
+        self.steady = True  # a wsd schedule's decay is still to come, so stable.pt is to be written there
         if self.resumed:
             state = resume(self)
         for warning in check_schedule(s, self.p.lr_decay_iters):
             self.say(f"!! {warning}")
+        if prepare.text_changed(data, self.meta):
+            changed = f"{self.folder} was made of another text than its input holds now"
+            anew = f"To take the new one: {prepare.command(data.dataset, self.meta)}"
+            if not self.resumed:
+                raise UserError(f"{changed}. {anew}")
+            self.say(f"!! {changed}, and the run goes on with the old one. {anew} (and another --out_dir)")
 
         # the model: resumed, new, or read from the directory that is fine-tuned
         torch.manual_seed(s.seed)
@@ -171,10 +178,8 @@ class Run:
             self.dtype, self.dtype_reason = DTYPES[self.p.cpu_dtype], "as when this run began"
         else:
             self.dtype, self.dtype_reason = pick_autocast(s.dtype, device)
-        if world > 1 and s.dtype == "auto" and device == "cpu":  # the first process has measured for all
-            chosen = [self.dtype]
-            dist.broadcast_object_list(chosen)
-            self.dtype = chosen[0]
+        if s.dtype == "auto" and device == "cpu":  # the first process has measured for all
+            self.dtype = of_first(self.dtype, world)
         kind = torch.device(device).type
         self.autocast = partial(torch.autocast, kind, self.dtype) if self.dtype != torch.float32 else nullcontext
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
@@ -192,7 +197,9 @@ class Run:
         work = s.max_iters * self.step_tokens * self.model.flops_per_token(s.block_size) / world
         self.compiled, self.compile_reason = pick_compile(s.compile, device, work, self.peak)
         if s.compile == "auto" and self.p.compile is not None:
-            self.compiled, self.compile_reason = self.p.compile, "as when this run began"
+            other = f" (another would be --compile={'on' if self.compiled else 'off'}: {self.compile_reason})"
+            self.compile_reason = "as when this run began" + (other if self.compiled != self.p.compile else "")
+            self.compiled = self.p.compile
 
     def again(self, **changes) -> str:
         """The command that goes on with this run, with some of its settings changed, or left out where None."""
@@ -208,34 +215,31 @@ class Run:
 def main():
     s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
     check_settings(s)
-    unnamed, source, of_default = data.tokenizer == "bpe", None, prepare.Settings().vocab_size
-    if s.init_from not in ("auto", "resume", "scratch"):
-        if not goes_on(s):  # else the model is not needed any more
-            source = checkpoint.find(s.init_from)
-        if unnamed:
-            data.tokenizer = str(Path(s.init_from))  # no other fits the weights
-    prepare_data(data)
-    if unnamed and (source or goes_on(s)):
-        meta, file = prepare.read_meta(data.dataset), source and source / "tokenizer.json"
-        # check_resume() knows if it is another; data for the model may have been made with its own, by another name
-        if source is None or file.is_file() and file_sha256(file) == meta["tokenizer_sha256"]:
-            data.tokenizer = meta["tokenizer"]
-            data.vocab_size = meta["vocab_size_asked"] if data.vocab_size == of_default else data.vocab_size
+    prepare_data(s, data)
     prepare_process()
     rank, world, device = join_processes(pick_device(s.device))
     try:
         if s.global_batch_size % world:
             raise UserError(f"--global_batch_size={s.global_batch_size} cannot be shared evenly by {world} processes.")
         with exclusive(Path(s.out_dir), "being trained in") if rank == 0 else nullcontext():
-            train(s, data, rank, world, device)
+            signalled = train(s, data, rank, world, device)
     finally:
         if world > 1:
             dist.destroy_process_group()
+    if signalled:  # as of a process that the signal has ended, so that `train.py && ...` goes no further
+        raise SystemExit(128 + signalled)
 
 
-def prepare_data(data: prepare.Settings):
-    """Prepare the data if they are not there. The first process of each machine does it, and the others look for its
-    last file: processes that have joined already would give up waiting for each other after some minutes."""
+def prepare_data(s: Settings, data: prepare.Settings):
+    """Prepare the data if they are not there, and settle data.tokenizer where it was not given. The first process of
+    each machine prepares, and the others look for its last file: processes that have joined already would give up
+    waiting for each other after some minutes."""
+    unnamed, source, of_default = data.tokenizer == "bpe", None, prepare.Settings().vocab_size
+    if s.init_from not in ("auto", "resume", "scratch"):
+        if not goes_on(s):  # else the model is not needed any more
+            source = checkpoint.find(s.init_from)
+        if unnamed:
+            data.tokenizer = str(Path(s.init_from))  # no other fits the weights
     ready, several = prepare.DATA / data.dataset / "meta.json", "RANK" in os.environ
     if not ready.is_file() and (not several or os.environ.get("LOCAL_RANK", "0") == "0"):
         try:
@@ -245,10 +249,17 @@ def prepare_data(data: prepare.Settings):
                 raise
     while not ready.is_file():
         time.sleep(0.5)
+    if unnamed and (source or goes_on(s)):
+        meta, file = prepare.read_meta(data.dataset), source and source / "tokenizer.json"
+        # check_resume() knows if it is another; data for the model may have been made with its own, by another name
+        if source is None or file.is_file() and file_sha256(file) == meta["tokenizer_sha256"]:
+            data.tokenizer = meta["tokenizer"]
+            data.vocab_size = meta["vocab_size_asked"] if data.vocab_size == of_default else data.vocab_size
 
 
-def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
-    """One run, or what is left of it. A function of its own, so that DDP is gone before the processes part."""
+def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: str) -> int:
+    """One run, or what is left of it; the number of the signal that stopped it, or 0. A function of its own, so that
+    DDP is gone before the processes part."""
     run = Run(s, data, rank, world, device)
     if world > 1:
         seen = [None] * world
@@ -256,22 +267,27 @@ def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: st
         if any(other != seen[0] for other in seen):
             raise UserError(f"the processes do not see the same run in {run.out_dir}: all need one disk for it.")
     announce(run)
-    if not already_finished(run):
-        set_up(run)
-        if run.p.step < s.max_iters:  # else only an evaluation is left
-            rehearse(run)
+    if already_finished(run):
+        return 0
+    set_up(run)
+    if run.p.step < s.max_iters:  # else only an evaluation is left
+        rehearse(run)
+    try:
         begin(run)
-        loop(run)
+    except OSError as error:
+        raise UserError(f"{run.out_dir} could not be written ({error}).") from None
+    signalled = loop(run)
     if world > 1:
         dist.barrier()  # the first process may still be saving, or printing a sample
+    return signalled
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
-def loop(run: Run):
-    """Steps and evaluations until max_iters, patience, or a signal."""
+def loop(run: Run) -> int:
+    """Steps and evaluations until max_iters, patience, or a signal, whose number is returned."""
     s, p, say, optimizer, scaler = run.s, run.p, run.say, run.optimizer, run.scaler
     bad_steps = 0
     shown_at, shown_step = time.perf_counter(), p.step
@@ -289,11 +305,11 @@ def loop(run: Run):
             shown_at, shown_step = time.perf_counter(), p.step
             if s.patience and p.since_best >= s.patience:
                 say(f"stopping: no better validation loss in {s.patience} evaluations, since {p.best_step:,}")
-                report_other_texts(run)
-                return
+                finish(run)
+                return 0
         if p.step >= s.max_iters:
             finish(run)
-            return
+            return 0
         if run.steady and s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
             save(run, "stable.pt")  # a run that is prolonged goes on from here
             shown_at, shown_step = time.perf_counter(), p.step
@@ -343,22 +359,30 @@ def loop(run: Run):
             shown_at, shown_step = time.perf_counter(), p.step
         if stopping:
             break
-    if not save(run):
-        earlier = f"Go on from step {run.saved:,} with: {run.again()}" if run.saved is not None else "Nothing was, yet."
-        raise UserError(f"stopped at step {p.step:,}, which was not saved (see above). {earlier}")
+    save(run)
+    check_saved(run)
     say(f"stopped at step {p.step:,}, saved. Go on with: {run.again()}")
+    return run.stop.asked
 
 
 def finish(run: Run):
-    """What the run has come to, and the command that uses it."""
-    kept = run.kept_loss < math.inf
-    best = f"the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}"
-    best = best if kept else "and no model of them was kept"
-    run.say(f"done: {run.p.step:,} steps in {run.p.seconds / 60:.1f} minutes, {best}")
-    report_other_texts(run)
-    if kept:
+    """What the run has come to, and the command that uses it. UserError where its end was not saved."""
+    took = f"done: {run.p.step:,} steps in {run.p.seconds / 60:.1f} minutes"
+    if run.kept_loss < math.inf:
+        run.say(f"{took}, the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}")
+        report_other_texts(run)
         script = "chat" if run.chat else "sample"
         run.say(f"{script}: python {script}.py --model={shlex.quote(run.s.out_dir)}")
+    else:
+        run.say(f"{took}, and no model of them was kept")
+    check_saved(run)
+
+
+def check_saved(run: Run):
+    """UserError where the last step is not in state.pt."""
+    if run.saved != run.p.step:
+        earlier = f"Go on from step {run.saved:,} with: {run.again()}" if run.saved is not None else "Nothing was, yet."
+        raise UserError(f"ended at step {run.p.step:,}, which was not saved (see above). {earlier}")
 
 
 def micro_batches(run: Run, step: int) -> list[range]:
@@ -391,7 +415,7 @@ def seed_dropout(run: Run, row: int):
 
 def agree(run: Run, loss: torch.Tensor) -> tuple[float, bool]:
     """The mean loss of all processes, and whether any of them was asked to stop: one small exchange a step."""
-    shared = torch.stack((loss / run.world, torch.tensor(float(run.stop.asked), device=run.device)))
+    shared = torch.stack((loss / run.world, torch.tensor(float(run.stop.asked > 0), device=run.device)))
     if run.world > 1:
         dist.all_reduce(shared)
     return float(shared[0]), bool(shared[1])
@@ -445,35 +469,45 @@ def evaluation(run: Run) -> bool:
     run.model.train()
     if loss is None:
         return False
-    best = loss < p.best_val_loss
-    best_kept = loss < min(p.best_val_loss, run.kept_loss)  # a wsd schedule that was stretched had decayed before
-    p.evaluated = p.step
-    p.since_best = 0 if best else p.since_best + 1
-    if best:
-        p.best_val_loss, p.best_step = loss, p.step
+    took = time.perf_counter() - started
+    p.evaluated, p.since_best = p.step, p.since_best + 1
+    if loss < p.best_val_loss:
+        p.best_val_loss, p.best_step, p.since_best = loss, p.step, 0
     bpb = loss / math.log(2) * meta.get("val_learnt", meta["val_tokens"]) / meta["val_bytes"]
     perplexity = math.exp(min(loss, 99))
+    kept = keep_best(run, loss, bpb)
     gap = "" if p.recent_loss is None else f" | train {p.recent_loss:.4f} | gap {loss - p.recent_loss:+.4f}"
     run.say(
-        f"eval {p.step:>6} | val {loss:.4f} | ppl {perplexity:.2f} | {bpb:.4f} bits per byte{gap} | "
-        f"{time.perf_counter() - started:.1f} s" + (" | best so far" if best_kept else "")
+        f"eval {p.step:>6} | val {loss:.4f} | ppl {perplexity:.2f} | {bpb:.4f} bits per byte{gap} | {took:.1f} s"
+        + (" | best so far" if kept else "")
     )
-    if run.rank > 0:
-        return True
-    run.log.write(
-        step=p.step, val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss, best=best_kept,
-        seconds=round(p.seconds, 1),
-    )  # fmt: skip
-    if loss < run.kept_loss and (run.saved is not None or p.step == 0):
-        header = dict(step=str(p.step), val_loss=repr(loss), val_bpb=f"{bpb:.6f}")
+    if p.since_best >= 3 and run.kept_step >= 0:
+        run.say(f"     overfitting since step {p.best_step:,}; {run.out_dir} holds the model of step {run.kept_step:,}")
+    if run.rank == 0:
+        run.log.write(
+            step=p.step, val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss, best=kept,
+            seconds=round(p.seconds, 1),
+        )  # fmt: skip
+    return True
+
+
+def keep_best(run: Run, loss: float, bpb: float) -> bool:
+    """Write the model unless the folder holds one as good: of an earlier evaluation, or of the end of a wsd schedule
+    that was stretched. Whether it holds this one then."""
+    step = run.p.step
+    if loss < run.kept_loss and (run.saved is not None or step == 0):
+        header = dict(step=str(step), val_loss=repr(loss), val_bpb=f"{bpb:.6f}")
+        header["tokenizer_sha256"] = run.meta["tokenizer_sha256"]
         try:
-            checkpoint.save_pretrained(run.model, run.out_dir, header | {"tokenizer_sha256": meta["tokenizer_sha256"]})
-            run.kept_loss, run.kept_step = loss, p.step
+            if run.rank == 0:
+                checkpoint.save_pretrained(run.model, run.out_dir, header)
+            written = True
         except OSError as error:
             run.say(f"!! the model could not be written ({error}); the previous one is kept and training goes on")
-    elif p.since_best >= 3:
-        run.say(f"     overfitting since step {p.best_step:,}; {run.out_dir} holds the model of step {run.kept_step:,}")
-    return True
+            written = False
+        if of_first(written, run.world):
+            run.kept_loss, run.kept_step = loss, step
+    return run.kept_step == step and run.kept_loss == loss  # the latter after a kill before state.pt was written
 
 
 def other_texts(run: Run, model: SmolLM2) -> dict[str, float]:
@@ -595,6 +629,9 @@ def announce(run: Run):
     say(
         f"data     {run.folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens"
     )
+    if meta["source"] == prepare.PLAY.name and not meta.get("input"):
+        anew = prepare.command(run.folder.name, meta)
+        say(f"!! this is the play, taken without a network. For Tiny Shakespeare: {anew} (and another --out_dir)")
     if run.chat:
         say(f"talks    {run.rows.describe()}")
     say(f"model    {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
@@ -636,11 +673,15 @@ def announce(run: Run):
                 f"!! the schedule ends at step {p.lr_decay_iters:,}, and the rest runs at min_lr={s.min_lr:g}. To "
                 f"stretch it: {stretched}"
             )
-        if run.shortened and s.max_iters < p.lr_decay_iters:
+        if s.max_iters < p.lr_decay_iters != run.asked.lr_decay_iters and s.lr_schedule != "constant":
+            limit, whole = "max_iters", run.again(lr_decay_iters=s.max_iters, accept_changes="lr_decay_iters")
+            remedy = f"To end the schedule there, too: {whole}"
+            if run.shortened:
+                limit, whole = f"max_epochs={s.max_epochs:g}", dict(max_epochs=0, max_iters=p.lr_decay_iters)
+                remedy = f"To go on to there: {run.again(**whole, eval_interval=s.eval_interval)}"
             say(
-                f"!! max_epochs={s.max_epochs:g} ends the run at step {s.max_iters:,}, before its schedule ends at "
-                f"{p.lr_decay_iters:,}. To go on to there: "
-                + run.again(max_epochs=0, max_iters=p.lr_decay_iters, eval_interval=s.eval_interval)
+                f"!! {limit} ends the run at step {s.max_iters:,}, before its schedule ends at {p.lr_decay_iters:,}. "
+                + remedy
             )
 
 
@@ -675,21 +716,24 @@ def set_up(run: Run):
 
 
 def begin(run: Run):
-    """Make the folder a complete model directory."""
+    """Make the folder a complete model directory of this run: what an earlier one left goes, what a killed one left
+    half-written, and log.jsonl's lines after the step that it goes on from."""
     s, p, out_dir, model = run.s, run.p, run.out_dir, run.model
-    first_save = min(s.max_iters, (p.step // s.eval_interval + 1) * s.eval_interval)
-    run.say(f"saves    to {out_dir}, first at step {first_save:,}, then every {s.eval_interval:,} steps")
-    if run.rank > 0:
-        return
-    for name in ("state.pt", "stable.pt", "log.jsonl", "model.safetensors", "config.json", "generation_config.json"):
-        (out_dir / f"{name}.tmp").unlink(missing_ok=True)  # of a process that was killed
-    if not run.resumed:
-        for name in ("state.pt", "stable.pt", "log.jsonl"):
+    first_save = p.step if evaluation_is_due(run) else (p.step // s.eval_interval + 1) * s.eval_interval
+    every = f"first at step {min(s.max_iters, first_save):,}, then every {s.eval_interval:,} steps"
+    run.say(f"saves    to {out_dir}, {every}")
+    if run.rank == 0:
+        for kind in ("pt", "jsonl", "safetensors", "json", "jinja"):
+            for file in list(out_dir.glob(f"*.{kind}.tmp")):
+                file.unlink()
+        for name in ("state.pt", "stable.pt", "log.jsonl", "model.safetensors") if not run.resumed else ():
             (out_dir / name).unlink(missing_ok=True)
-    elif run.state_file.name == "stable.pt" and not save(run):  # log.jsonl is about to lose what comes after its step
+    if run.state_file.name == "stable.pt" and not save(run):  # log.jsonl is about to lose what comes after its step
         raise UserError("state.pt must be written to go back to that step. Nothing has changed.")
     if run.steady and s.lr_schedule == "wsd" and 0 <= decay_begins(s, p.lr_decay_iters) < p.step:
         save(run, "stable.pt")  # a shorter schedule: the loop comes too late for it
+    if run.rank > 0:
+        return
     if not run.resumed or not (out_dir / "tokenizer.json").is_file():
         tokenizer, eos = run.folder / "tokenizer.json", run.meta["eos_token"]
         template = run.folder / "chat_template.jinja" if run.chat else None
@@ -783,7 +827,7 @@ class StopSignal:
     quits at once."""
 
     def __init__(self, rank: int):
-        self.asked, self.rank = False, rank
+        self.asked, self.rank = 0, rank  # asked: the signal's number, 0 if there was none
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup has it ignored
             if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
@@ -792,7 +836,7 @@ class StopSignal:
     def on_signal(self, number, frame):
         if self.asked:
             os._exit(128 + number)
-        self.asked = True
+        self.asked = number
         text = f"\n{signal.Signals(number).name}: saving at the end of this step; once more to quit at once\n"
         if self.rank == 0:
             with suppress(OSError):
@@ -805,13 +849,14 @@ def check_sound(run: Run):
     if run.sound == run.p.step:
         return
     first = run.p.step * run.s.global_batch_size  # the same rows in every process, so that all decide alike
-    sound = all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
-    for rows in (lambda: run.rows.batch(range(first, first + run.micro), run.device), lambda: validation_batch(run)):
+    finite = all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
+    tried = (lambda: run.rows.batch(range(first, first + run.micro), run.device), lambda: validation_batch(run))
+    for rows in tried if finite else ():
         seed_dropout(run, first)
         with run.autocast():
             _, loss = run.model(*rows(), loss_only=True)
         numbers = (loss, *torch.autograd.grad(loss, list(run.model.parameters())))
-        if sound and all(bool(torch.isfinite(t).all()) for t in numbers):
+        if all(bool(torch.isfinite(t).all()) for t in numbers):
             run.sound = run.p.step
             return
     raise UserError(
@@ -836,9 +881,10 @@ def last_good(run: Run) -> str:
 
 
 def save(run: Run, name: str = "state.pt") -> bool:
-    """state.pt, or another file of its kind, by the first process. A full disk is said and ends no run: False then."""
+    """state.pt, or another file of its kind, by the first process. A full disk is said and ends no run before its last
+    step: False then, in all processes."""
     check_sound(run)
-    file = run.out_dir / name
+    file, written = run.out_dir / name, True
     try:
         if run.rank == 0:
             settings = asdict(run.asked) | {"init_from": run.origin}
@@ -846,10 +892,11 @@ def save(run: Run, name: str = "state.pt") -> bool:
     except OSError as error:
         earlier = "the previous one is kept" if file.is_file() else "there is none yet"
         run.say(f"!! {file} could not be written ({error}); {earlier}")
-        return False
-    if name == "state.pt":
+        written = False
+    written = of_first(written, run.world)
+    if written and name == "state.pt":
         run.saved = run.p.step
-    return True
+    return written
 
 
 if __name__ == "__main__":

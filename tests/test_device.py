@@ -129,3 +129,11 @@ def test_numbers_too_small_to_matter_are_zero(prepared):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) == (0 if prepared else 1 << 22)
+
+
+def test_a_numbered_gpu_is_not_shared_by_processes(monkeypatch):
+    """--device=cuda:1 under torchrun would put all processes on the second GPU."""
+    for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--device=cuda:1: each of 2 processes .*Use --device=cuda"):
+        device.join_processes("cuda:1")

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,9 +58,15 @@ def here(tmp_path, monkeypatch):
 
 
 def go(monkeypatch, *flags):
-    """A run in this process, as the command line would start it."""
+    """A run in this process, as the command line would start it; its exit code."""
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *flags])
-    train.main()
+    try:
+        train.main()
+    except SystemExit as stopped:
+        if stopped.code < 128:  # not a signal: a flag that is refused, or a mistake
+            raise
+        return stopped.code
+    return 0
 
 
 def stop_at(monkeypatch, step, number=signal.SIGINT):
@@ -629,8 +636,9 @@ def test_a_trained_model_is_not_overwritten(here, monkeypatch):
     assert state("out/run")["progress"]["step"] == 4
     with monkeypatch.context() as patch:
         stop_at(patch, 1, signal.SIGINT)
-        patch.setattr(train, "save", lambda run: True)
-        go(patch, "--out_dir=out/early")
+        patch.setattr(train, "save", lambda run: False)
+        with pytest.raises(UserError, match="which was not saved"):
+            go(patch, "--out_dir=out/early")
     go(monkeypatch, "--max_iters=4", "--out_dir=out/early")
 
 
@@ -821,6 +829,118 @@ def test_other_validation_rows_begin_the_search_for_the_best_anew(here, monkeypa
     assert checkpoint.metadata("out/t")["step"] == ("8" if anew else "4")
 
 
+def test_going_back_to_other_validation_rows_begins_anew_too(here, monkeypatch, capsys):
+    """stable.pt was measured on twenty rows, the decay on ten: what the two call best cannot be compared."""
+    wsd = ("--lr_schedule=wsd", "--decay_fraction=0.5")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        go(patch, *wsd)
+    go(monkeypatch, *wsd, "--eval_rows=10", "--accept_changes=eval_rows")
+    assert "other validation rows" in capsys.readouterr().out
+    longer = ("--max_iters=16", "--lr_decay_iters=16", "--accept_changes=lr_decay_iters")
+    go(monkeypatch, *wsd, "--eval_rows=10", "--accept_changes=eval_rows,lr_decay_iters", *longer[:2])
+    out = capsys.readouterr().out
+    assert "back from step 12" in out and "other validation rows" in out
+    go(monkeypatch, *wsd, "--out_dir=out/u")
+    capsys.readouterr()
+    go(monkeypatch, *wsd, "--out_dir=out/u", *longer)  # the same rows all along
+    out = capsys.readouterr().out
+    assert "back from step 12" in out and "other validation rows" not in out
+
+
+def test_another_size_of_step_says_which_rows_it_leaves_out(here, monkeypatch, capsys):
+    """Rows are a function of the step's number alone."""
+    go(monkeypatch, "--max_iters=4")
+    for size, said in ((16, "1,024 tokens were read so far, the next is number 2,048; .* left out"), (2, "read again")):
+        shutil.copytree("out/t", f"out/{size}")
+        flags = (f"--out_dir=out/{size}", f"--global_batch_size={size}", "--accept_changes=global_batch_size")
+        go(monkeypatch, "--max_iters=5", *flags)
+        assert re.search(f"another size of step: .*{said}", capsys.readouterr().out)
+    go(monkeypatch, "--max_iters=5")
+    assert "another size of step" not in capsys.readouterr().out
+
+
+def test_an_end_before_that_of_the_schedule_is_said(here, monkeypatch, capsys):
+    """--max_iters of a resume moves the end of the run and not that of its schedule, either way."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        go(patch)
+    capsys.readouterr()
+    go(monkeypatch, "--max_iters=8")
+    out = capsys.readouterr().out
+    said = re.search(r"max_iters ends the run at step 8, before its schedule ends at 12. To end .*: python (.*)", out)
+    assert said and "--lr_decay_iters=8" in said[1] and "--accept_changes=lr_decay_iters" in said[1]
+    go(monkeypatch, "--max_iters=12")
+    go(monkeypatch, "--max_iters=4", "--lr_decay_iters=8", "--out_dir=out/u")
+    go(monkeypatch, "--max_iters=6", "--lr_decay_iters=8", "--out_dir=out/u")  # asked for
+    assert "ends the run" not in capsys.readouterr().out
+
+
+def test_a_text_that_has_changed_is_not_taken_for_the_old_one(here, monkeypatch, capsys):
+    """A new run is refused with the command that prepares the text anew, a resumed one warns. A text that was only
+    touched, or has gone, is no change."""
+    go(monkeypatch, "--max_iters=4")
+    os.utime("t.txt")
+    go(monkeypatch, "--max_iters=5")
+    assert "another text" not in capsys.readouterr().out
+    text = Path("t.txt").read_bytes()
+    Path("t.txt").write_bytes(text[:-1] + b"?")  # of the same size
+    go(monkeypatch, "--max_iters=6")
+    assert "!! data/t was made of another text than its input holds now, and the run goes on with the old one" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="made of another text.* python prepare.py --dataset=t --input=t.txt .*=300"):
+        go(monkeypatch, "--out_dir=out/u")
+    os.remove("t.txt")
+    go(monkeypatch, "--max_iters=4", "--out_dir=out/u")
+
+
+def test_the_play_instead_of_shakespeare_is_said_in_every_run(here, monkeypatch, capsys):
+    """Data that were prepared without a network stay the play, also where there is one later. Once the text is where it
+    belongs, a new run asks for it."""
+    monkeypatch.setattr(
+        prepare.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+    )
+    flags = ("--input=", "--dataset=shakespeare_t", "--max_iters=1")
+    for run in "ab":
+        go(monkeypatch, *flags, f"--out_dir=out/{run}")
+        said = re.search("this is the play, .* Tiny Shakespeare: (python .*) \\(", capsys.readouterr().out)
+        assert said[1] == "python prepare.py --dataset=shakespeare_t --tokenizer=bpe --vocab_size=300"
+    os.makedirs("data/shakespeare")
+    shutil.copy("t.txt", "data/shakespeare/input.txt")
+    with pytest.raises(UserError, match="made of another text"):
+        go(monkeypatch, *flags, "--out_dir=out/c")
+    go(monkeypatch, "--max_iters=1")
+    assert "the play" not in capsys.readouterr().out
+
+
+def test_a_compiling_that_would_be_chosen_otherwise_now_is_said(here, monkeypatch, capsys):
+    """A first short try is not compiled, and the run stays so; the line says how to change that."""
+    auto = ("--compile=auto",)
+    go(monkeypatch, "--max_iters=4", *auto)
+    assert "compile  off: the run is about" in capsys.readouterr().out
+    monkeypatch.setattr(train, "pick_compile", lambda *_: (True, "it is long"))
+    go(monkeypatch, "--max_iters=5", *auto)
+    assert "as when this run began (another would be --compile=on: it is long)" in capsys.readouterr().out
+    assert state()["progress"]["compile"] is False
+
+
+def test_starting_over_never_leaves_old_weights_beside_a_new_shape(here, monkeypatch):
+    """Killed while the folder is made ready, --init_from=scratch leaves one without a model, which can be begun."""
+    go(monkeypatch, "--max_iters=4")
+    scratch = ("--init_from=scratch", "--hidden_size=48", "--max_iters=4")
+
+    def killed(*_, **__):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_pretrained", killed)
+        assert go(patch, *scratch) == 137
+    assert not os.path.exists("out/t/model.safetensors")
+    go(monkeypatch, *scratch[1:])
+    assert checkpoint.load("out/t")[0].config.hidden_size == 48
+
+
 def test_a_resume_makes_the_folder_whole_again(here, monkeypatch):
     """Only state.pt is left of a run: the end has the files of a run that lost none, and a model as good."""
     go(monkeypatch, "--max_iters=4", "--lr_decay_iters=8")
@@ -843,7 +963,7 @@ def test_data_that_another_process_prepares(here, monkeypatch, several):
         monkeypatch.setenv("LOCAL_RANK", "0")
     waited = []
 
-    def busy(data):
+    def busy(_):
         raise Busy("data/t is being prepared by another process.")
 
     def sleep(seconds):
@@ -854,7 +974,7 @@ def test_data_that_another_process_prepares(here, monkeypatch, several):
     monkeypatch.setattr(prepare, "prepare", busy)
     monkeypatch.setattr(train.time, "sleep", sleep)
     with contextlib.nullcontext() if several else pytest.raises(UserError, match="being prepared"):
-        train.prepare_data(prepare.Settings(dataset="t"))
+        train.prepare_data(train.Settings(), prepare.Settings(dataset="t"))
     assert len(waited) == several
 
 
@@ -1147,6 +1267,46 @@ def test_either_state_is_a_way_out_where_the_other_is_damaged(here, monkeypatch)
     assert "stable.pt" not in str(told.value)
 
 
+def test_a_stop_has_the_exit_code_of_its_signal(here, monkeypatch):
+    """`train.py first && train.py second` must not begin the second with half of the first."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        assert go(patch) == 128 + signal.SIGINT
+    assert go(monkeypatch) == 0 and state()["progress"]["step"] == 12
+
+
+def test_killed_between_the_model_and_its_state_the_log_says_the_same(here, monkeypatch, capsys):
+    """The model of step 8 is written before its state: after a kill in between, step 8 is evaluated again, and
+    is the best again."""
+    real = checkpoint.save_state
+
+    def killed(*arguments):
+        if arguments[4]["step"] == 8:
+            raise SystemExit(137)
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_state", killed)
+        assert go(patch) == 137
+    assert state()["progress"]["step"] == 4 and checkpoint.metadata("out/t")["step"] == "8"
+    capsys.readouterr()
+    go(monkeypatch)
+    assert re.search(r"eval +8 .* best so far", capsys.readouterr().out)
+    go(monkeypatch, "--out_dir=out/u")
+    assert log(key="best") == log("out/u", key="best") and sum(log(key="best").values()) > 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(here, monkeypatch):
+    """A full disk at the start, where the error of the system names no file."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_pretrained", full)
+    with pytest.raises(UserError, match="^out/t could not be written .*No space left"):
+        go(monkeypatch)
+
+
 def test_a_stop_that_finds_the_disk_full_is_no_matter_of_the_rate(here, monkeypatch, capsys):
     """It says what the run goes on from, and with which command; a run to its end without room keeps no model, and
     says that."""
@@ -1165,9 +1325,11 @@ def test_a_stop_that_finds_the_disk_full_is_no_matter_of_the_rate(here, monkeypa
     with pytest.raises(UserError, match="at step 7, which was not saved .*. Nothing was, yet."):
         go(monkeypatch, "--max_iters=20", "--out_dir=out/u")
     assert "there is none yet" in capsys.readouterr().out
-    go(monkeypatch, "--max_iters=5", "--out_dir=out/v")
+    with pytest.raises(UserError, match="ended at step 5, which was not saved .*. Nothing was, yet."):
+        go(monkeypatch, "--max_iters=5", "--out_dir=out/v", "--also_eval=t.txt")
     out = capsys.readouterr().out
-    assert "no model of them was kept" in out and "sample.py" not in out
+    assert "no model of them was kept" in out and "sample.py" not in out and "also " not in out
+    assert "best so far" not in out and not any(log("out/v", "best").values())
 
 
 @pytest.mark.slow
@@ -1183,14 +1345,17 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(here, monkeypatch, ca
             real(value, f)
 
     monkeypatch.setattr(torch, "save", full)
-    go(monkeypatch, "--max_iters=8")
+    with pytest.raises(UserError, match="ended at step 8, which was not saved .* Go on from step 4 with: python"):
+        go(monkeypatch, "--max_iters=8")
     assert "could not be written" in capsys.readouterr().out
     monkeypatch.setattr(torch, "save", real)
     assert same(before["model"], state()["model"]) and not list((here / "out/t").glob("*.tmp"))
     go(monkeypatch, "--max_iters=8")
     assert state()["progress"]["step"] == 8
-    go(monkeypatch, "--max_iters=8", "--out_dir=out/u")
-    assert same(state("out/u")["model"], state()["model"]) is False  # its schedule ended at 8, not 4: another run
+    go(monkeypatch, "--max_iters=8", "--lr_decay_iters=4", "--out_dir=out/u")
+    assert same(state("out/u")["model"], state()["model"])
+    go(monkeypatch, "--max_iters=8", "--out_dir=out/v")  # its schedule ends at 8
+    assert not same(state("out/v")["model"], state()["model"])
 
 
 def start(*flags, **kw):
@@ -1237,19 +1402,19 @@ def test_sigterm_saves_and_prints_the_command_that_goes_on(here):
     wait_for(run, "| loss")
     run.send_signal(signal.SIGTERM)
     rest = run.stdout.read()
-    assert run.wait() == 0 and "SIGTERM: saving" in rest
+    assert run.wait() == 128 + signal.SIGTERM and "SIGTERM: saving" in rest
     assert re.search(r"stopped at step [\d,]+, saved. Go on with: python .*train.py --input=t.txt", rest)
     assert state()["progress"]["step"] > 0
 
 
 @pytest.mark.slow
 def test_a_lost_terminal_stops_a_run_in_order(here):
-    """SIGHUP, with nobody left to read what is printed: saved, exit code 0, and the run goes on from there."""
+    """SIGHUP, with nobody left to read what is printed: saved, and the run goes on from there."""
     run = start("--max_iters=100000")
     wait_for(run, "| loss")
     run.stdout.close()
     run.send_signal(signal.SIGHUP)
-    assert run.wait(timeout=60) == 0 and state()["progress"]["step"] > 0
+    assert run.wait(timeout=60) == 128 + signal.SIGHUP and state()["progress"]["step"] > 0
 
 
 @pytest.mark.slow
@@ -1426,7 +1591,8 @@ def test_a_signal_between_two_exchanges_stops_both_processes(here, function):
         "dist.all_reduce = then_a_signal",
         "--max_iters=1000", "--eval_interval=4",
     )  # fmt: skip
-    assert done.returncode == 0 and "stopped at step" in done.stdout, done.stderr[-2000:]
+    assert done.returncode != 0 and "exitcode  : 143" in done.stderr, done.stderr[-2000:]  # of the one, by torchrun
+    assert "stopped at step" in done.stdout and "Traceback" not in done.stdout
     assert state()["progress"]["step"] == (3 if function == "agree" else 9)
 
 
@@ -1439,6 +1605,31 @@ def test_processes_that_see_different_runs_are_told(here, monkeypatch, dtype):
     done = driven("if rank == 1: sys.argv.append('--out_dir=out/other')", "--max_iters=8", f"--dtype={dtype}")
     assert done.returncode != 0 and "do not see the same run" in done.stderr, done.stderr[-2000:]
     assert state()["progress"]["step"] == 4
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_saved(here):
+    """The signal goes to torchrun itself, as from a terminal or a scheduler; it tells its processes and waits."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *SMALL, "--max_iters=100000"], stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    wait_for(run, "| loss")
+    run.send_signal(signal.SIGINT)
+    rest = run.stdout.read()
+    assert run.wait() != 0 and "stopped at step" in rest and "torchrun, as before, with" in rest
+    assert state()["progress"]["step"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_agree_that_nothing_was_saved(here):
+    """The first alone writes, and finds no room for a state (files may have 200 KB here): both end with the same line,
+    and neither waits for the other."""
+    done = driven("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n", "--max_iters=4")
+    assert done.returncode != 0 and "state.pt could not be written" in done.stdout, done.stderr[-2000:]
+    assert done.stderr.count("driver.py: ended at step 4, which was not saved") == 2, done.stderr[-3000:]
+    assert "RuntimeError" not in done.stderr and not os.path.exists("out/t/state.pt")
 
 
 @pytest.mark.slow
@@ -1591,12 +1782,14 @@ def test_the_rehearsal_leaves_room_for_the_optimizers_averages(here, monkeypatch
     taken, real, room = [], train.forward_backward, torch.empty_like
 
     def trying(run, *arguments, **kw):
-        trial.setdefault("room", sum(t.numel() for t in taken))  # at the first micro-batch
+        alive = [t for t in (of() for of in taken) if t is not None]
+        trial.setdefault("room", sum(t.numel() for t in alive))  # at the first micro-batch
         return real(run, *arguments, **kw)
 
     def noticed(p, *arguments, **kw):
-        taken.append(room(p, *arguments, **kw))
-        return taken[-1]
+        new = room(p, *arguments, **kw)
+        taken.append(weakref.ref(new))
+        return new
 
     monkeypatch.setattr(train, "forward_backward", trying)
     monkeypatch.setattr(torch, "empty_like", noticed)
