@@ -35,8 +35,12 @@ KEYS = "loss lr grad_norm val_loss val_bpb train_loss"
 
 
 def go(monkeypatch, *flags):
+    """A run to its end, or to the SIGINT that stops it."""
     monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, *flags])
-    train.main()
+    try:
+        train.main()
+    except SystemExit as stopped:
+        assert stopped.code == 128 + signal.SIGINT
 
 
 def stop_after(monkeypatch, step: int):

@@ -405,7 +405,7 @@ def test_a_limit_in_epochs_may_change_in_the_middle(here, monkeypatch, capsys):
         stop_at(patch, 7)
         go(patch, *recipe, "--max_epochs=3")
     monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(said)])
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         stop_at(patch, 9)
         train.main()
     train.main()  # also where that command was stopped

@@ -142,7 +142,7 @@ def problems(case: Case, ended: Ended, memory: int) -> list[str]:
         wrong.append(f"traceback: {last}" if not wrong else "traceback")
     elif not wrong:
         failed = ended.code != 0
-        text = ended.err if failed else ended.out + ended.err
+        text = ended.err if failed and not case.kill else ended.out + ended.err
         if failed and not case.kill and (len(ended.err.strip().splitlines()) > 6 or len(ended.err) > 2000):
             lines = len(ended.err.strip().splitlines())
             wrong.append(f"a message of {lines} lines, {len(ended.err):,} characters: {last}")
@@ -1001,7 +1001,8 @@ def signal_cases() -> list[Case]:
     for port, (number, codes) in enumerate(ends, 7981):
         cases += [
             hit("train starting", train, number, said("data  "), 0.1, (0, *codes), leaves="out/n/*"),
-            hit("train stepping", train, number, said("| loss"), 0.5, 0, "Go on with", leaves="out/n/*", check=saved),
+            hit("train stepping", train, number, said("| loss"), 0.5, 128 + number, "Go on with", leaves="out/n/*",
+                check=saved),
             hit("prepare training", prepare, number, said("training a"), 1.0, codes, setup=words),
             hit("sample talking", SAMPLE + " --num_samples=999999", number, said("aa"), 1.0, (0, *codes)),
             hit("export writing", EXPORT, number, writing, 0.3, codes, setup=big_model),
