@@ -392,8 +392,6 @@ def save_state(path: Path, model, optimizer, scaler, progress: dict, settings: d
 def load_state(path: Path) -> dict:
     """Read state.pt; state["config"] is a SmolLM2Config. UserError where it is missing, cut short, altered (its zip
     entries carry checksums), or holds anything but plain data of the kind that save_state() writes."""
-    if not path.is_file():
-        raise UserError(f"{path} not found: nothing to resume. Without --init_from=resume the run starts from scratch.")
     with damage_named(path, way_out_of(path)):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
