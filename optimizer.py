@@ -138,8 +138,8 @@ def decay_begins(s, decay_iters: int) -> int:
 
 
 def noise_ends(s, decay_iters: int) -> float:
-    """The first step whose inputs have no noise; inf where the noise has no end. Counted from the end, as decay_begins()
-    counts, so that noise_until=0.8 ends where decay_fraction=0.2 begins; 1 - 0.8 alone is not 0.2 to the last bit."""
+    """The first step whose inputs have no noise; inf where the noise has no end. It is counted from the end, as
+    decay_begins() counts, so that noise_until=0.8 fits decay_fraction=0.2: 1 - 0.8 alone is not 0.2 to the last bit."""
     return decay_iters - round(round(1 - s.noise_until, 9) * decay_iters) if s.noise_until < 1 else math.inf
 
 
