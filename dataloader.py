@@ -31,7 +31,8 @@ def find_data(data: prepare.Settings) -> tuple[Path, dict]:
     asked = dict(dataset=data.dataset, input=data.input or meta.get("input") or "FILE", tokenizer=data.tokenizer)
     asked |= {"vocab_size": data.vocab_size} if data.tokenizer == "bpe" else {}
     made = dict(tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size_asked"])
-    made |= {"input": meta["input"]} if data.input and meta.get("input") else {}
+    if data.input and (meta.get("input") or prepare.text_changed(data, meta)):
+        made["input"] = meta.get("input") or meta["source"]
     for key in made.keys() & asked.keys():
         if os.path.abspath(str(asked[key])) != os.path.abspath(str(made[key])):  # as paths: "a" is "./a"
             command = shlex.join(["python", "prepare.py", *(f"--{name}={value}" for name, value in asked.items())])

@@ -569,7 +569,7 @@ def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, toke
         by_hash = held_out(source, s.val_fraction) is not None
         meta = dict(
             vocab_size=tokenizer.get_vocab_size(), eos_token_id=tokenizer.token_to_id(end), eos_token=end,
-            tokenizer=s.tokenizer, vocab_size_asked=s.vocab_size,
+            tokenizer=s.tokenizer, vocab_size_asked=s.vocab_size, val_fraction=s.val_fraction,
             tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
             **counts, documents=source.documents, input=s.input,
             validation="documents by hash" if by_hash else "last part" if source.documents == 1 else "last documents",
@@ -688,9 +688,10 @@ META = dict(
 
 def command(dataset: str, meta: dict) -> str:
     """The command that makes a data set again as it was made."""
-    asked = dict(
-        dataset=dataset, input=meta.get("input"), tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size_asked"]
-    )
+    asked = dict(dataset=dataset, input=meta.get("input"), tokenizer=meta["tokenizer"])
+    asked["vocab_size"] = meta["vocab_size_asked"]
+    if meta.get("val_fraction", Settings.val_fraction) != Settings.val_fraction:
+        asked["val_fraction"] = meta["val_fraction"]
     return "python prepare.py " + shlex.join(f"--{key}={value}" for key, value in asked.items() if value)
 
 

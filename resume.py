@@ -111,11 +111,13 @@ def resume(run) -> dict:
     same = ("lr_schedule", "decay_fraction", "learning_rate", "min_lr")
     state = resume_schedule(run, state, replace(s, **{key: then[key] for key in same}, warmup_iters=warmup))
     begun = state["settings"]  # stable.pt's may be others than state.pt's
-    before, now = (run.p.step * of["global_batch_size"] * of["block_size"] for of in (begun, asdict(s)))
-    if before != now:
+    before, now = (run.p.step * batch for batch in (begun["global_batch_size"], s.global_batch_size))
+    if begun["block_size"] != s.block_size:
+        run.say("!! another block_size: the text is cut into other rows, in another order, some of it read already")
+    elif before != now:
+        between = "left out" if now > before else "read again"
         run.say(
-            f"!! another size of step: {before:,} tokens were read so far, the next is number {now:,}; those between "
-            f"are {'left out' if now > before else 'read again'}"
+            f"!! another global_batch_size: the next row is number {now:,} instead of {before:,}; between: {between}"
         )
     if any(of.get(key) != getattr(s, key) for key in ("eval_rows", "block_size") for of in (then, begun)):
         run.say("!! other validation rows: losses cannot be compared with those before, and the best is sought anew")

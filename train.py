@@ -7,8 +7,9 @@ Train SmolLM2 from scratch, or from released weights, on what prepare.py made. S
     python train.py config/finetune_smollm2.py                  # from the released weights
     torchrun --standalone --nproc_per_node=8 train.py config/smol_135m.py
 
-out/RUN/ is at every moment a Hugging Face model directory with the best model so far (lowest validation loss); beside
-it lie state.pt, everything a resume needs, log.jsonl, and with a wsd schedule stable.pt, from where its decay began.
+Once a run has begun, out/RUN/ is at every moment a Hugging Face model directory with the best model so far (lowest
+validation loss); beside it lie state.pt, everything a resume needs, log.jsonl, and with a wsd schedule stable.pt, from
+where its decay began.
 The data are prepared first if they are not there.
 
 A step is `global_batch_size` rows of `block_size` tokens, however many processes and micro-batches share the work: the
@@ -158,11 +159,11 @@ class Run:
         for warning in check_schedule(s, self.p.lr_decay_iters):
             self.say(f"!! {warning}")
         if prepare.text_changed(data, self.meta):
-            changed = f"{self.folder} was made of another text than its input holds now"
-            anew = f"To take the new one: {prepare.command(data.dataset, self.meta)}"
-            if not self.resumed:
-                raise UserError(f"{changed}. {anew}")
-            self.say(f"!! {changed}, and the run goes on with the old one. {anew} (and another --out_dir)")
+            anew = prepare.command(data.dataset, self.meta)
+            self.say(
+                f"!! {self.folder} was made of the text as it was, its input has changed since, and this run takes the "
+                f"old one. For the new one: {anew} (and another --out_dir, or delete {self.out_dir})"
+            )
 
         # the model: resumed, new, or read from the directory that is fine-tuned
         torch.manual_seed(s.seed)
@@ -197,9 +198,11 @@ class Run:
         work = s.max_iters * self.step_tokens * self.model.flops_per_token(s.block_size) / world
         self.compiled, self.compile_reason = pick_compile(s.compile, device, work, self.peak)
         if s.compile == "auto" and self.p.compile is not None:
-            other = f" (another would be --compile={'on' if self.compiled else 'off'}: {self.compile_reason})"
+            other = "on" if self.compiled else "off"
+            other = f" (begun today it would be {other}: {self.compile_reason}; --compile={other} changes it)"
             self.compile_reason = "as when this run began" + (other if self.compiled != self.p.compile else "")
             self.compiled = self.p.compile
+        self.compiled = of_first(self.compiled, world)
 
     def again(self, **changes) -> str:
         """The command that goes on with this run, with some of its settings changed, or left out where None."""
@@ -263,7 +266,7 @@ def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: st
     run = Run(s, data, rank, world, device)
     if world > 1:
         seen = [None] * world
-        dist.all_gather_object(seen, (run.resumed, asdict(run.p), run.facts))
+        dist.all_gather_object(seen, (run.resumed, asdict(run.p), run.facts, run.kept_loss, run.kept_step))
         if any(other != seen[0] for other in seen):
             raise UserError(f"the processes do not see the same run in {run.out_dir}: all need one disk for it.")
     announce(run)
@@ -362,7 +365,7 @@ def loop(run: Run) -> int:
     save(run)
     check_saved(run)
     say(f"stopped at step {p.step:,}, saved. Go on with: {run.again()}")
-    return run.stop.asked
+    return run.stop.asked or signal.SIGTERM  # where another process was asked
 
 
 def finish(run: Run):
@@ -375,7 +378,8 @@ def finish(run: Run):
         run.say(f"{script}: python {script}.py --model={shlex.quote(run.s.out_dir)}")
     else:
         run.say(f"{took}, and no model of them was kept")
-    check_saved(run)
+    if run.p.evaluated == run.p.step:  # with max_iters=0 there is nothing to evaluate, nor to save
+        check_saved(run)
 
 
 def check_saved(run: Run):
@@ -507,7 +511,8 @@ def keep_best(run: Run, loss: float, bpb: float) -> bool:
             written = False
         if of_first(written, run.world):
             run.kept_loss, run.kept_step = loss, step
-    return run.kept_step == step and run.kept_loss == loss  # the latter after a kill before state.pt was written
+    # the same loss again: after a kill between model and state.pt. A worse one than the best: that could not be written
+    return run.kept_step == step and run.kept_loss == loss <= run.p.best_val_loss
 
 
 def other_texts(run: Run, model: SmolLM2) -> dict[str, float]:
@@ -629,7 +634,7 @@ def announce(run: Run):
     say(
         f"data     {run.folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens"
     )
-    if meta["source"] == prepare.PLAY.name and not meta.get("input"):
+    if meta["source"] == prepare.PLAY.name and meta.get("input", "") in ("", "shakespeare"):
         anew = prepare.command(run.folder.name, meta)
         say(f"!! this is the play, taken without a network. For Tiny Shakespeare: {anew} (and another --out_dir)")
     if run.chat:
@@ -673,7 +678,8 @@ def announce(run: Run):
                 f"!! the schedule ends at step {p.lr_decay_iters:,}, and the rest runs at min_lr={s.min_lr:g}. To "
                 f"stretch it: {stretched}"
             )
-        if s.max_iters < p.lr_decay_iters != run.asked.lr_decay_iters and s.lr_schedule != "constant":
+        cut = p.step < s.max_iters < p.lr_decay_iters != run.asked.lr_decay_iters
+        if cut and s.lr_schedule != "constant":
             limit, whole = "max_iters", run.again(lr_decay_iters=s.max_iters, accept_changes="lr_decay_iters")
             remedy = f"To end the schedule there, too: {whole}"
             if run.shortened:
@@ -723,9 +729,8 @@ def begin(run: Run):
     every = f"first at step {min(s.max_iters, first_save):,}, then every {s.eval_interval:,} steps"
     run.say(f"saves    to {out_dir}, {every}")
     if run.rank == 0:
-        for kind in ("pt", "jsonl", "safetensors", "json", "jinja"):
-            for file in list(out_dir.glob(f"*.{kind}.tmp")):
-                file.unlink()
+        for name in ("state.pt", "stable.pt", "log.jsonl", *checkpoint.FILES):
+            (out_dir / f"{name}.tmp").unlink(missing_ok=True)
         for name in ("state.pt", "stable.pt", "log.jsonl", "model.safetensors") if not run.resumed else ():
             (out_dir / name).unlink(missing_ok=True)
     if run.state_file.name == "stable.pt" and not save(run):  # log.jsonl is about to lose what comes after its step

@@ -143,6 +143,7 @@ def test_few_documents_stay_whole_and_the_last_are_validation(here):
     train, val = sides()
     assert train + val == documents and meta["documents"] == 8 and len(val) == 2
     assert meta["validation"] == "last documents"
+    assert "--input=d.jsonl" in prepare.command("t", meta) and "--val_fraction=0.25" in prepare.command("t", meta)
 
 
 def evenly(documents, val):

@@ -849,15 +849,25 @@ def test_going_back_to_other_validation_rows_begins_anew_too(here, monkeypatch, 
 
 
 def test_another_size_of_step_says_which_rows_it_leaves_out(here, monkeypatch, capsys):
-    """Rows are a function of the step's number alone."""
+    """Rows are a function of the step's number alone, and how the text is cut into them one of their length."""
     go(monkeypatch, "--max_iters=4")
-    for size, said in ((16, "1,024 tokens were read so far, the next is number 2,048; .* left out"), (2, "read again")):
-        shutil.copytree("out/t", f"out/{size}")
-        flags = (f"--out_dir=out/{size}", f"--global_batch_size={size}", "--accept_changes=global_batch_size")
-        go(monkeypatch, "--max_iters=5", *flags)
-        assert re.search(f"another size of step: .*{said}", capsys.readouterr().out)
-    go(monkeypatch, "--max_iters=5")
-    assert "another size of step" not in capsys.readouterr().out
+    said = {
+        "--global_batch_size=16": "the next row is number 64 instead of 32; between: left out",
+        "--global_batch_size=2": "the next row is number 8 instead of 32; between: read again",
+        "--block_size=16": "another block_size: the text is cut into other rows",
+        "--micro_batch_size=4": None,
+    }
+    for flag, line in said.items():
+        shutil.copytree("out/t", f"out/{flag}")
+        go(
+            monkeypatch,
+            "--max_iters=5",
+            f"--out_dir=out/{flag}",
+            flag,
+            f"--accept_changes={flag[2:].partition('=')[0]}",
+        )
+        out = capsys.readouterr().out
+        assert line in out if line else "!! another" not in out
 
 
 def test_an_end_before_that_of_the_schedule_is_said(here, monkeypatch, capsys):
@@ -870,6 +880,7 @@ def test_an_end_before_that_of_the_schedule_is_said(here, monkeypatch, capsys):
     out = capsys.readouterr().out
     said = re.search(r"max_iters ends the run at step 8, before its schedule ends at 12. To end .*: python (.*)", out)
     assert said and "--lr_decay_iters=8" in said[1] and "--accept_changes=lr_decay_iters" in said[1]
+    go(monkeypatch, "--max_iters=8")  # step 8 is taken: too late for that
     go(monkeypatch, "--max_iters=12")
     go(monkeypatch, "--max_iters=4", "--lr_decay_iters=8", "--out_dir=out/u")
     go(monkeypatch, "--max_iters=6", "--lr_decay_iters=8", "--out_dir=out/u")  # asked for
@@ -877,27 +888,45 @@ def test_an_end_before_that_of_the_schedule_is_said(here, monkeypatch, capsys):
 
 
 def test_a_text_that_has_changed_is_not_taken_for_the_old_one(here, monkeypatch, capsys):
-    """A new run is refused with the command that prepares the text anew, a resumed one warns. A text that was only
-    touched, or has gone, is no change."""
+    """A run says so, with the command that prepares it anew, and takes the old one: a folder may have grown since. A
+    text that was only touched, or has gone, is no change."""
     go(monkeypatch, "--max_iters=4")
     os.utime("t.txt")
     go(monkeypatch, "--max_iters=5")
-    assert "another text" not in capsys.readouterr().out
+    assert "changed since" not in capsys.readouterr().out
     text = Path("t.txt").read_bytes()
     Path("t.txt").write_bytes(text[:-1] + b"?")  # of the same size
-    go(monkeypatch, "--max_iters=6")
-    assert "!! data/t was made of another text than its input holds now, and the run goes on with the old one" in (
-        capsys.readouterr().out
-    )
-    with pytest.raises(UserError, match="made of another text.* python prepare.py --dataset=t --input=t.txt .*=300"):
-        go(monkeypatch, "--out_dir=out/u")
+    for run in "tu":
+        go(monkeypatch, "--max_iters=6", f"--out_dir=out/{run}")
+        said = re.search(
+            "!! data/t was made .*changed since.* For the new one: python (.*) \\(", capsys.readouterr().out
+        )
+    assert same(state("out/u")["facts"], state()["facts"])
+    run_script(*shlex.split(said[1]), cwd=here)
+    go(monkeypatch, "--max_iters=6", "--out_dir=out/v")
+    assert "changed since" not in capsys.readouterr().out and not same(state("out/v")["facts"], state()["facts"])
     os.remove("t.txt")
-    go(monkeypatch, "--max_iters=4", "--out_dir=out/u")
+    go(monkeypatch, "--max_iters=4", "--out_dir=out/w")
+    assert "changed since" not in capsys.readouterr().out
+
+
+def test_an_input_without_a_dataset_of_its_own_is_not_taken_for_a_changed_text(here, monkeypatch):
+    """Data that were made of data/DATASET/input.txt, and another --input: refused, and the command that is named does
+    what it says. The file by its own name is no other."""
+    os.makedirs("data/t")
+    shutil.copy("t.txt", "data/t/input.txt")
+    go(monkeypatch, "--input=", "--max_iters=1")
+    go(monkeypatch, "--input=data/t/input.txt", "--max_iters=1", "--out_dir=out/u")
+    Path("notes.txt").write_text(TEXT[4000:12000])
+    with pytest.raises(UserError, match="was prepared with input=input.txt, asked is notes.txt") as told:
+        go(monkeypatch, "--input=notes.txt", "--max_iters=1", "--out_dir=out/v")
+    run_script(*shlex.split(re.search("anew: python (.*)", str(told.value))[1]), cwd=here)
+    go(monkeypatch, "--input=notes.txt", "--max_iters=1", "--out_dir=out/v")
 
 
 def test_the_play_instead_of_shakespeare_is_said_in_every_run(here, monkeypatch, capsys):
     """Data that were prepared without a network stay the play, also where there is one later. Once the text is where it
-    belongs, a new run asks for it."""
+    belongs, that is a change."""
     monkeypatch.setattr(
         prepare.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
     )
@@ -908,8 +937,8 @@ def test_the_play_instead_of_shakespeare_is_said_in_every_run(here, monkeypatch,
         assert said[1] == "python prepare.py --dataset=shakespeare_t --tokenizer=bpe --vocab_size=300"
     os.makedirs("data/shakespeare")
     shutil.copy("t.txt", "data/shakespeare/input.txt")
-    with pytest.raises(UserError, match="made of another text"):
-        go(monkeypatch, *flags, "--out_dir=out/c")
+    go(monkeypatch, *flags, "--out_dir=out/c")
+    assert "changed since" in capsys.readouterr().out
     go(monkeypatch, "--max_iters=1")
     assert "the play" not in capsys.readouterr().out
 
@@ -921,7 +950,8 @@ def test_a_compiling_that_would_be_chosen_otherwise_now_is_said(here, monkeypatc
     assert "compile  off: the run is about" in capsys.readouterr().out
     monkeypatch.setattr(train, "pick_compile", lambda *_: (True, "it is long"))
     go(monkeypatch, "--max_iters=5", *auto)
-    assert "as when this run began (another would be --compile=on: it is long)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "as when this run began (begun today it would be on: it is long; --compile=on changes it)" in out
     assert state()["progress"]["compile"] is False
 
 
@@ -1046,6 +1076,24 @@ def test_a_model_that_could_not_be_written_is_not_called_kept(here, monkeypatch,
     assert "could not be written" in out and "of step 4" in out and checkpoint.metadata("out/t")["step"] == "4"
     go(monkeypatch, "--max_iters=12", "--lr_decay_iters=12", "--accept_changes=lr_decay_iters")
     assert checkpoint.metadata("out/t")["step"] == "12"
+
+
+def test_a_model_that_is_worse_than_one_that_was_lost_is_kept_and_not_called_the_best(here, monkeypatch, capsys):
+    """Step 8 could not be written; step 12 is worse than it, and better than what the folder holds."""
+    losses, real = {4: 3.0, 8: 2.5, 12: 2.7}, checkpoint.save_pretrained
+
+    def full(model, path, header):
+        if header["step"] == "8":
+            raise OSError("No space left on device")
+        real(model, path, header)
+
+    monkeypatch.setattr(checkpoint, "save_pretrained", full)
+    monkeypatch.setattr(train, "evaluate", lambda *_: losses[steps.pop(0)])
+    steps = list(losses)
+    go(monkeypatch)
+    out = capsys.readouterr().out
+    assert checkpoint.metadata("out/t")["step"] == "12" and "validation loss 2.7000, of step 12" in out
+    assert log(key="best") == {4: True, 8: False, 12: False} and out.count("best so far") == 1
 
 
 def test_one_bad_batch_ahead_does_not_lose_the_work(here, monkeypatch):
