@@ -32,13 +32,7 @@ from model import SmolLM2, SmolLM2Config
 from quantize import quantize as quantize_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = (
-    WEIGHTS,
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)  # atomic() writes them
+FILES = (WEIGHTS, *(f"{name}.json" for name in "config generation_config tokenizer tokenizer_config".split()))
 REPLACE = "Copy it again, or train again."  # what mends damaged weights
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
