@@ -135,8 +135,8 @@ class Run:
             self.rows = Rows(train, self.meta["train_tokens"], s.block_size, s.seed, s.token_noise, vocab_size)
             self.val_rows = validation_rows(val, self.meta["val_tokens"], s.block_size, s.eval_rows, vocab_size)
         self.tokenizer = checkpoint.read_tokenizer(self.folder)
-        files = filter(None, map(str.strip, s.also_eval.split(",")))
-        self.other_texts = {file: read_ids(self.tokenizer, Path(file)) for file in files}
+        names = [name.strip() for name in s.also_eval.split(",") if name.strip()]
+        self.other_texts = {name: read_ids(self.tokenizer, Path(name)) for name in names}
         facts = "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()
         self.facts = {key: self.meta[key] for key in facts}  # what must be the same on a resume
         if self.chat:
@@ -158,12 +158,6 @@ class Run:
             state = resume(self)
         for warning in check_schedule(s, self.p.lr_decay_iters):
             self.say(f"!! {warning}")
-        if prepare.text_changed(data, self.meta):
-            anew = prepare.command(data.dataset, self.meta)
-            self.say(
-                f"!! {self.folder} was made of the text as it was, its input has changed since, and this run takes the "
-                f"old one. For the new one: {anew} (and another --out_dir, or delete {self.out_dir})"
-            )
 
         # the model: resumed, new, or read from the directory that is fine-tuned
         torch.manual_seed(s.seed)
@@ -173,8 +167,7 @@ class Run:
             layer.dropout = s.dropout
 
         # the optimizer and the precision of matrix products; weights are float32
-        betas = s.beta1, s.beta2
-        self.optimizer = make_optimizer(self.model, s.optimizer, s.learning_rate, s.weight_decay, betas)
+        self.optimizer = make_optimizer(self.model, s.optimizer, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
         if s.dtype == "auto" and device == "cpu" and self.p.cpu_dtype and "dtype" not in changes_accepted(s):
             self.dtype, self.dtype_reason = DTYPES[self.p.cpu_dtype], "as when this run began"
         else:
@@ -635,9 +628,7 @@ def announce(run: Run):
     say(
         f"data     {run.folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens"
     )
-    if meta["source"] == prepare.PLAY.name and meta.get("input", "") in ("", "shakespeare"):
-        anew = prepare.command(run.folder.name, meta)
-        say(f"!! this is the play, taken without a network. For Tiny Shakespeare: {anew} (and another --out_dir)")
+    warn_of_text(run)
     if run.chat:
         say(f"talks    {run.rows.describe()}")
     say(f"model    {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
@@ -690,6 +681,19 @@ def announce(run: Run):
                 f"!! {limit} ends the run at step {s.max_iters:,}, before its schedule ends at {p.lr_decay_iters:,}. "
                 + remedy
             )
+
+
+def warn_of_text(run: Run):
+    """Where the data are not of the text that one would expect: of the play, or of an input that has changed since."""
+    name, meta = run.folder.name, run.meta
+    anew = prepare.command(name, meta)
+    if meta["source"] == prepare.PLAY.name and meta.get("input", "") in ("", "shakespeare"):
+        run.say(f"!! this is the play, taken without a network. For Tiny Shakespeare: {anew} (and another --out_dir)")
+    if run.rank == 0 and prepare.text_changed(prepare.Settings(dataset=name), meta):
+        run.say(
+            f"!! {run.folder} was made of the text as it was, its input has changed since, and this run takes the old "
+            f"one. For the new one: {anew} (and another --out_dir, or delete {run.out_dir})"
+        )
 
 
 def already_finished(run: Run) -> bool:
