@@ -42,8 +42,10 @@ import torch
 import prepare
 from checkpoint import config_to_dict, find, from_pretrained, read_tokenizer, save_pretrained, tokenizer_config
 from device import (
-    compile_for_generation,
+    GPU_WAITS,
+    Replay,
     compile_for_training,
+    launch_share,
     peak_flops,
     pick_autocast,
     pick_device,
@@ -76,6 +78,7 @@ WORKS = "train train_full_vocab prefill decode decode_2048 decode_int8 encode st
 MORE = "prefill_int8 decode_8_rows decode_512 decode_4000 decode_int8_512 decode_int8_2048 decode_int8_4000".split()
 UNITS = dict.fromkeys(WORKS + MORE, "tok/s") | {"encode": "MB/s", "startup": "s", "busy": "x"}
 TRAIN_SHAPE = {"train": (5000, 4, 256), "train_full_vocab": (49152, 2, 512)}  # vocabulary, rows, tokens per row
+GPU_TRAIN_SHAPE = TRAIN_SHAPE | {"train_full_vocab": (49152, 16, 2048)}  # a micro-batch of config/smol_135m.py
 PREFILL = 512  # tokens
 READ = "prefill", "prefill_int8"
 NEW = 64  # decoding: tokens generated
@@ -99,7 +102,8 @@ FILES = {"llamacpp": ("bf16", "q8_0"), "openvino": ("f16", "q8_0")}
 
 def training(who: str, device: str, vocab: int, rows: int, T: int, dtype: torch.dtype):
     """Whole optimizer steps in `dtype` autocast with fp32 weights, clipping and fused AdamW, on random tokens. ours and
-    hf_compiled have their blocks compiled, one by one; ours_eager and hf run as they are written."""
+    hf_compiled have their blocks compiled, one by one; ours_eager and hf run as they are written. On a GPU that waits
+    for Python ours replays a recorded step, as train.py does."""
     config = replace(PRESETS["135M"], vocab_size=vocab, max_position_embeddings=T)
     torch.manual_seed(0)
     if who.startswith("ours"):
@@ -123,22 +127,33 @@ def training(who: str, device: str, vocab: int, rows: int, T: int, dtype: torch.
     optimizer = make_optimizer(model, "adamw", 1e-4, 0.1, (0.9, 0.95))
     ids = torch.randint(0, vocab, (rows, T + 1), device=device)
 
-    def rate(n):
+    def loss_and_gradients(ids):
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(ids)
+        loss.backward()
+        return loss.detach()
+
+    def rate(n, compute=loss_and_gradients):
         started = time.perf_counter()
         for _ in range(n):
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-                loss = loss_of(ids)
-            loss.backward()
+            loss = compute(ids)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=compute is loss_and_gradients)
             loss.item()  # waits for a GPU
         return n * rows * T / (time.perf_counter() - started)
 
     rate(2)
+    compute, steps = loss_and_gradients, 2 if device == "cpu" else 10
+    if who == "ours" and device != "cpu":
+        if launch_share(lambda: loss_and_gradients(ids)) > GPU_WAITS:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            compute = Replay(loss_and_gradients, ids)
+            rate(2, compute)
     yield
     while True:
-        yield rate(2)
+        yield rate(steps, compute)
 
 
 def prefilling(who: str, device: str, folder: str, int8: bool, dtype: torch.dtype):
@@ -209,8 +224,6 @@ def decoding(who: str, device: str, folder: str, int8: bool, depth: int, rows: i
             raise UserError(f"{depth + NEW} positions are beyond the model's {model.config.max_position_embeddings}")
         if int8:
             quantize(model, "int8")
-        if device != "cpu":
-            compile_for_generation(model)
 
         def token_times():
             times = []
@@ -305,7 +318,8 @@ def beside_others(who: str, device: str, folder: str, dtype: torch.dtype):
 
 def machine(device: str):
     """GFLOP/s of matrix products and GB/s of reading memory: the best of each round."""
-    big = torch.ones(1 << 26, device=device)  # 256 MiB, about the weights in bf16; a cache may hold those in int8
+    # 256 MiB, about the weights in bf16; a cache may hold those in int8. More for a GPU, which reads that in no time
+    big = torch.ones(1 << (26 if device == "cpu" else 30), device=device)
     yield
     while True:
         bfloat16, float32 = (product_rate(device, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32))
@@ -323,7 +337,7 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
     if device == "cpu":
         return peak_flops(device, dtype)[0]
     n, best = 8192, 0.0
-    a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)  # a product of ones takes less power, and is faster
     for _ in range(10):
         synchronize(device)
         started = time.perf_counter()
@@ -428,7 +442,10 @@ def serve(connection, contender, arguments):
 
 
 def peak_mb() -> float:
-    """The most memory this process has held; NaN on Windows. (Linux' getrusage counts what its parent held.)"""
+    """The most memory this process has held, of a GPU where it used one; NaN on Windows. (Linux' getrusage counts what
+    its parent held.)"""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
@@ -493,7 +510,7 @@ def contenders_for(
 
     if work in TRAIN_SHAPE:
         names = ["ours", *(["ours_eager"] if work == "train" else []), *(["hf", "hf_compiled"] if "hf" in vs else [])]
-        return {who: (training, who, device, *TRAIN_SHAPE[work], dtype) for who in names}
+        return {who: (training, who, device, *train_shape(work, device), dtype) for who in names}
     if work == "encode":
         return {who: (encoding, who) for who in ("ours", "tokenizers")}
     if work == "startup":
@@ -538,19 +555,23 @@ def summary(work: str, found: dict) -> dict:
     return result
 
 
-def add_limit(work: str, result: dict, limits: dict, weights: dict):
+def add_limit(work: str, result: dict, limits: dict, weights: dict, device: str = "cpu"):
     """What the hardware allows, and our share of it, once the whole run has shown what that is."""
-    limit = hardware_limit(work, limits, weights) if limits else None
+    limit = hardware_limit(work, limits, weights, device) if limits else None
     result["limit"] = limit and round(limit, 1)
     result["limit_fraction"] = round(result["ours"] / limit, 3) if result.get("ours") and limit else None
 
 
-def hardware_limit(work: str, limits: dict, weights: dict) -> float | None:
+def train_shape(work: str, device: str) -> tuple[int, int, int]:
+    return (TRAIN_SHAPE if device == "cpu" else GPU_TRAIN_SHAPE)[work]
+
+
+def hardware_limit(work: str, limits: dict, weights: dict, device: str = "cpu") -> float | None:
     """Tokens per second that machine()'s figures allow; None for what has no such limit. weights: num_parameters() of
     the model, and "cached", the numbers that its cache holds for a position."""
     product = max(limits["bfloat16"], limits["float32"]) * 1e9
     if work in TRAIN_SHAPE:
-        vocab, _, T = TRAIN_SHAPE[work]
+        vocab, _, T = train_shape(work, device)
         with torch.device("meta"):
             model = SmolLM2(replace(PRESETS["135M"], vocab_size=vocab))
         return product / model.flops_per_token(T)
@@ -634,7 +655,7 @@ def report(s, device, only, vs, folder, temporary, weights, started):
         results[work] = summary(work, found)
         print_card(work, results[work])
     for work, r in results.items():
-        add_limit(work, r, limits, weights)
+        add_limit(work, r, limits, weights, device)
         if r["limit_fraction"]:
             print(f"{work}: {r['limit_fraction']:.0%} of the {r['limit']:,.0f} {r['unit']} that the hardware allows")
     info = machine_info(device, limits, vs) | {"llama_bench": program, "seconds": round(time.time() - started)}

@@ -1,10 +1,10 @@
 """
-decode.c from Python: one token of each text on a CPU, without a call into PyTorch for each small step.
+One token of each text, without a call from Python for each small step: decode.c on a CPU, a CUDA graph on a GPU.
 
     from decode import Decoder
     logits = Decoder(model)([token_id], cache, position)    # (1, V) fp32, and the cache holds the new position
 
-sample.generate() uses it wherever it can: up to MOST_ROWS texts, on a CPU, with a C compiler. The weights stay where
+sample.generate() uses them wherever it can. decode.c: up to MOST_ROWS texts, with a C compiler. The weights stay where
 they are, in the model, whether fp32, bf16 or int8; activations are fp32, and int8 where they meet int8 weights.
 tests/test_decode.py compares it with the plain forward pass of model.py, which everything else uses; so does every
 process, on the first token of each model.
@@ -27,12 +27,14 @@ from config import UserError
 
 import torch
 
+from device import Replay
 from model import KVCache, SmolLM2
 
 SOURCE = Path(__file__).with_name("decode.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 BLOCK = 128  # positions that attention goes through at a time
 MOST_ROWS = 16  # texts at a time, since their activations are on each thread's stack
+ROOM = 512  # positions that a GPU's cache begins with, since each longer one is recorded again
 
 
 class Matrix(ctypes.Structure):
@@ -245,3 +247,25 @@ def first_token(decoder: Decoder, tokens: list[int], cache: KVCache, position: i
         )
     checked.add(model)
     return logits
+
+
+class GpuDecoder:
+    """model.py on a GPU, recorded once for every length of the cache and then replayed token by token: from Python,
+    starting its kernels takes several times as long as running them.
+
+    logits = GpuDecoder(model)(token_ids, cache, position)    # (B, V), and the cache holds the new position
+    """
+
+    def __init__(self, model: SmolLM2):
+        self.model, self.replay, self.recorded = model, None, None
+
+    @torch.inference_mode()
+    def __call__(self, tokens: list[int], cache: KVCache, position: int):
+        cache.reserve(min(max(position + 1, ROOM), self.model.config.max_position_embeddings))
+        new = torch.tensor(tokens, device=self.model.device)[:, None]  # (B, 1)
+        at = torch.tensor([position], device=self.model.device)
+        if self.recorded is not cache.layers:  # reserve() makes new ones of a longer cache
+            step = lambda new, at: self.model(new, cache=cache, start=at)[0][:, -1]
+            step(new, at)
+            self.replay, self.recorded = Replay(step, new, at), cache.layers
+        return self.replay(new, at).clone()  # the next replay writes over it

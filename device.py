@@ -147,12 +147,40 @@ def undo_compile(model: SmolLM2):
         layer._compiled_call_impl = None
 
 
-def compile_for_generation(model: SmolLM2):
-    """torch.compile each block and the head for generate() on a GPU: the lengths may change without compiling again. (A
-    CPU has decode.c.)"""
-    for layer in model.layers:
-        layer.compile(dynamic=True)
-    model.head = torch.compile(model.head, dynamic=True)
+class Replay:
+    """A computation on a GPU, recorded once as a CUDA graph and then replayed with other inputs of the same shapes. A
+    small model's step is thousands of kernels of some microseconds each, and Python takes longer to start one.
+
+    compute(*inputs) must have run before, since what is set up at a first call cannot be recorded. It may add to
+    tensors that exist (gradients) and returns one, which the next replay overwrites. What it draws at random, a replay
+    draws from the generator's seed of that moment.
+    """
+
+    def __init__(self, compute, *inputs: torch.Tensor):
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = compute(*self.inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for own, new in zip(self.inputs, inputs, strict=True):
+            own.copy_(new)
+        self.graph.replay()
+        return self.result
+
+
+GPU_WAITS = 0.7  # from this launch_share() on, a replay is faster
+
+
+def launch_share(compute) -> float:
+    """Of the time that compute() takes on a GPU, the share until Python has started its last kernel: near 1 where the
+    GPU waits for Python."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    compute()
+    launched = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return launched / (time.perf_counter() - started)
 
 
 def prepare_process():

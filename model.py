@@ -238,10 +238,14 @@ class KVCache:
 
 def update_cache(cache, k, v, start: int):
     """Write k, v (B, K, T, D) into a layer's pair of buffers at `start`; return all up to there: (B, K, S, D) each, in
-    the dtype of k."""
-    end = start + k.size(2)
+    the dtype of k. Where start is a tensor (1,): all of the buffers, written at that position."""
+    moving = isinstance(start, torch.Tensor)
+    end = cache[0].size(2) if moving else start + k.size(2)
     for buffer, new in zip(cache, (k, v)):
-        buffer[:, :, start:end] = new
+        if moving:
+            buffer.index_copy_(2, start, new.to(buffer.dtype))
+        else:
+            buffer[:, :, start:end] = new
     return tuple(buffer[:, :, :end].to(k.dtype) for buffer in cache)
 
 
@@ -336,24 +340,27 @@ class SmolLM2(nn.Module):
         targets (B, T): the token that follows each input; -100 is left out of the mean. The loss is in nats.
         documents (B, T): a number for each token; it sees only tokens of its own number, as if each document had a row
         to itself. Their positions go on through the row: RoPE makes attention a function of distances alone.
-        cache, start: input_ids stand at positions start .. start+T-1; what came before is in the cache.
+        cache, start: input_ids stand at positions start .. start+T-1; what came before is in the cache. For one token
+        a row, start may be a tensor (1,), so that one computation serves every position that the cache has room for.
         logits_to_keep: 0 for the logits of all positions, n for those of the last n alone.
         loss_only: return None for the logits, which are then never held all at once: at a large vocabulary they are
         the largest tensor of a training step.
         """
-        T = input_ids.size(1)
-        if start + T > self.config.max_position_embeddings:
-            raise UserError(
-                f"positions up to {start + T} in a model with a context of {self.config.max_position_embeddings}."
-            )
-        if cache is not None:
-            cache.reserve(start + T)
+        T, limit, layers, walls = input_ids.size(1), self.config.max_position_embeddings, self.layers, None
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        cos, sin = self.rotary.cos[start : start + T], self.rotary.sin[start : start + T]  # (T, D)
-        layers = self.layers
+        if isinstance(start, torch.Tensor):
+            assert T == 1 and cache is not None, "a position in a tensor is for one token and a cache"
+            positions = start
+            walls = self.walls_after(start, cache, x)
+        else:
+            if start + T > limit:
+                raise UserError(f"positions up to {start + T} in a model with a context of {limit}.")
+            if cache is not None:
+                cache.reserve(start + T)
+            positions = slice(start, start + T)
+        cos, sin = self.rotary.cos[positions], self.rotary.sin[positions]  # (T, D)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not self.training and ops.worth_widening(x):
             x, layers = x.float(), self.widened_layers()
-        walls = None
         if documents is not None:
             assert cache is None, "documents are for rows that are whole"
             walls = self.walls(documents, x)
@@ -379,6 +386,12 @@ class SmolLM2(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         seen = (documents[:, :, None] == documents[:, None, :]).tril()
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
+
+    @staticmethod
+    def walls_after(start, cache, x):  # (1,) -> (1, 1, 1, capacity): 0 up to that position, -inf after it
+        capacity = cache.layers[0][0].size(2)
+        walls = torch.zeros(1, 1, 1, capacity, dtype=x.dtype, device=x.device)
+        return walls.masked_fill_(torch.arange(capacity, device=x.device) > start, -math.inf)
 
     def widened_layers(self):
         """The layers one by one, in fp32: a single block, which takes the weights of each in its turn and so stays in

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 WIDEN_FROM = 64  # from this many tokens on, layers run in fp32 where its products are faster (docs/performance.md)
-LOSS_ROWS = 512  # tokens whose logits are held at once
+LOSS_ROWS = 2048  # tokens whose logits are held at once: on a GPU fewer are slower
 CPU_LOSS_ROWS = 256  # the same on a CPU, where 512 are no faster and take 50 MB more at a vocabulary of 49,152
 SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CPU: 6 MB at a vocabulary of 49,152
 
@@ -78,6 +78,32 @@ def cross_entropy_in_pieces(x, weight, targets):
         return CrossEntropyInPieces.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, torch.is_grad_enabled())
 
 
+def add_loss_on_cpu(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N, 1), (N, 1)
+    """Add the loss of the counted rows to `total`; where the gradient is wanted, softmax - one_hot replaces the logits
+    of every row. In fp32, as many rows at a time as stay in the cache."""
+    for a in range(0, len(logits), SOFTMAX_ROWS):
+        rows = slice(a, a + SOFTMAX_ROWS)
+        exact = logits[rows].float()
+        largest = exact.amax(-1, keepdim=True)
+        chosen = exact.gather(1, target[rows]) - largest
+        exact.sub_(largest).exp_()
+        z = exact.sum(-1, keepdim=True)
+        total += ((z.log() - chosen) * counted[rows]).sum()
+        if want_grad:
+            exact.mul_(1 / z)
+            logits[rows] = exact.scatter_add_(1, target[rows], -torch.ones_like(z))
+
+
+def add_loss_on_gpu(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N, 1), (N, 1)
+    """The same in few passes over the logits: each is a trip through the GPU's memory."""
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    chosen = log_p.gather(1, target)
+    total -= (chosen * counted).sum()
+    if want_grad:
+        torch.exp(log_p, out=logits)
+        logits.scatter_(1, target, (chosen.exp() - 1).to(logits.dtype))
+
+
 class CrossEntropyInPieces(torch.autograd.Function):
     """The loss of some hundred tokens at a time, and its gradient in the same pass.
 
@@ -94,35 +120,25 @@ class CrossEntropyInPieces(torch.autograd.Function):
     def forward(ctx, x, weight, targets, dtype, grad_enabled: bool):  # (N, C), (V, C), (N,) -> fp32 scalar
         want_grad = grad_enabled and (x.requires_grad or weight.requires_grad)
         h, w = x.to(dtype), weight.to(dtype)
-        counted = targets != -100
+        counted = (targets != -100)[:, None]
         count = counted.sum()
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(h) if want_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
         on_cpu = h.device.type == "cpu"
-        size = CPU_LOSS_ROWS if on_cpu else LOSS_ROWS
+        size, add_loss = (CPU_LOSS_ROWS, add_loss_on_cpu) if on_cpu else (LOSS_ROWS, add_loss_on_gpu)
         for a in range(0, len(h), size):
             piece = slice(a, a + size)
             logits = h[piece] @ w.T  # (size, V)
-            rows = SOFTMAX_ROWS if on_cpu else size
-            for b in range(0, len(logits), rows):  # in fp32, as many rows as stay in the cache
-                part = slice(b, b + rows)
-                target = targets[piece][part].clamp(min=0)[:, None]  # -100 reads class 0 and is masked below
-                mask = counted[piece][part][:, None]
-                exact = logits[part].float()
-                largest = exact.amax(-1, keepdim=True)
-                chosen = exact.gather(1, target) - largest
-                exact.sub_(largest).exp_()
-                z = exact.sum(-1, keepdim=True)
-                total += ((z.log() - chosen) * mask).sum()
-                if want_grad:  # d total / d logits = softmax - one_hot, and 0 for a target that is not counted
-                    logits[part] = exact.mul_(mask / z).scatter_add_(1, target, -mask.float())
+            target = targets[piece].clamp(min=0)[:, None]  # -100 reads class 0 and is not counted
+            add_loss(total, logits, target, counted[piece], want_grad)
             if want_grad:
-                grad_x[piece] = logits @ w
+                grad_x[piece] = (logits @ w).mul_(counted[piece])
+                h_counted = h[piece] * counted[piece]
                 if dtype == torch.float32:
-                    torch.addmm(grad_weight, logits.T, h[piece], out=grad_weight)  # no second tensor of that size
+                    torch.addmm(grad_weight, logits.T, h_counted, out=grad_weight)  # no second tensor of that size
                 else:
-                    grad_weight += logits.T @ h[piece]
+                    grad_weight += logits.T @ h_counted
         ctx.save_for_backward(grad_x, grad_weight, count)
         ctx.dtypes = x.dtype, weight.dtype
         return total / count

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from checkpoint import find, load, metadata, newest_run
-from decode import MOST_ROWS, Decoder, reason_against
-from device import compile_for_generation, pick_device, pick_dtype, prepare_process
+from decode import MOST_ROWS, Decoder, GpuDecoder, reason_against
+from device import pick_device, pick_dtype, prepare_process
 from files import damage_named
 from model import KVCache
 
@@ -49,8 +49,8 @@ class Settings:
     seed: Seed = 1337  # sample i uses seed + i, so one sample can be had again alone
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is what the file holds
-    use_c: bool = True  # on a CPU, decode.c computes the tokens after the prompt; False: model.py, several times slower
-    compile: Literal["on", "off"] = "off"  # on a GPU: torch.compile first, then faster tokens (not run by us)
+    use_c: bool = True  # tokens after the prompt: by decode.c on a CPU, by a CUDA graph on a GPU; False: by model.py as
+    #                     it is written, several times slower
     quantize: Literal["", "int8"] = ""  # int8: weights of one byte, so that decode.c reads half of what bfloat16 takes
 
 
@@ -140,7 +140,8 @@ def generate(
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
-    use_c: up to MOST_ROWS rows on a CPU go through decode.c after the prompt, same logits to rounding; False: none.
+    use_c: after the prompt, up to MOST_ROWS rows on a CPU go through decode.c, and rows on a GPU through a CUDA graph,
+    with the same logits to rounding; False: none.
     cache, cached: a cache that holds the first `cached` of the prompt's ids already, as a conversation's does; what is
     read goes there. By default a new one.
     stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has
@@ -170,7 +171,11 @@ def generate(
     window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
     cached = min(cached, ids.size(1) - 1) if ids.size(1) <= context else 0  # one is left to read, for its logits
     cache = cache or KVCache(model.config, len(ids), model.device, model.dtype)
-    decoder = Decoder(model) if use_c and len(ids) <= MOST_ROWS and not reason_against(model) else None
+    decoder = None
+    if use_c and model.device.type == "cuda":
+        decoder = GpuDecoder(model)
+    elif use_c and len(ids) <= MOST_ROWS and not reason_against(model):
+        decoder = Decoder(model)
 
     # read the prompt, all of it at once
     logits = prefill(model, window[:, cached:], cache, cached)
@@ -223,11 +228,7 @@ def main():
     # the model, and a line about it on stderr: the text alone goes to stdout
     path = s.model or newest_run()
     device = pick_device(s.device)
-    if s.compile == "on" and device == "cpu" and s.use_c:
-        raise UserError("--compile=on is for a GPU: on a CPU decode.c computes the tokens. Leave it out.")
     model, tokenizer = load(path, device, pick_dtype(s.dtype), s.quantize)
-    if s.compile == "on":
-        compile_for_generation(model)
     facts = [f"{model.num_parameters()['total']:,} parameters", device, s.quantize or str(model.dtype)[6:]]
     meta = metadata(find(path))
     facts += [f"{key} {meta[key]}" for key in ("step", "val_bpb") if key in meta]

@@ -40,8 +40,11 @@ import prepare
 from dataloader import Conversations, Rows, find_data, text_rows, to_device, validation_conversations, validation_rows
 from device import (
     DTYPES,
+    GPU_WAITS,
+    Replay,
     compile_for_training,
     join_processes,
+    launch_share,
     of_first,
     peak_flops,
     pick_autocast,
@@ -154,6 +157,7 @@ class Run:
         self.kept_loss, self.kept_step = math.inf, -1  # of the model that out_dir holds
         self.sound = -1  # the step at which check_sound() found it so
         self.steady = True  # a wsd schedule's decay is still to come, so stable.pt is to be written there
+        self.replay = None  # forward and backward as a CUDA graph, where record() made one
         if self.resumed:
             state = resume(self)
         for warning in check_schedule(s, self.p.lr_decay_iters):
@@ -269,6 +273,7 @@ def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: st
     set_up(run)
     if run.p.step < s.max_iters:  # else only an evaluation is left
         rehearse(run)
+        record(run)
     try:
         begin(run)
     except OSError as error:
@@ -346,7 +351,7 @@ def loop(run: Run) -> int:
             if bad_steps == 5:
                 raise UserError(f"five steps in a row without a finite loss or gradient. {last_good(run)}")
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=run.replay is None)
         p.step += 1
         p.seconds += time.perf_counter() - started
 
@@ -393,15 +398,23 @@ def micro_batches(run: Run, step: int) -> list[range]:
 def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
     """Loss and gradients of one micro-batch, weighted by its share of the step's tokens; the loss, detached."""
     rows = run.rows.batch(batch, run.device)
+    first = run.p.step * run.s.global_batch_size
+    whole = run.rows.weight(range(first, first + run.s.global_batch_size))
+    share = run.rows.weight(batch) / (whole / run.world)
     seed_dropout(run, batch.start)
+    if run.replay and len(batch) == run.micro:
+        return run.replay(*rows)
     # DDP averages gradients over the processes; before each forward it must know whether to wait for more
     with nullcontext() if run.world == 1 or last else run.trained.no_sync():
-        with run.autocast():
-            _, loss = run.trained(*rows, loss_only=True)
-        first = run.p.step * run.s.global_batch_size
-        whole = run.rows.weight(range(first, first + run.s.global_batch_size))
-        loss = loss * (run.rows.weight(batch) / (whole / run.world))
-        run.scaler.scale(loss).backward()
+        return loss_and_gradients(run, share, *rows)
+
+
+def loss_and_gradients(run: Run, share: float, *rows: torch.Tensor) -> torch.Tensor:
+    """Forward and backward of rows on the device."""
+    with run.autocast():
+        _, loss = run.trained(*rows, loss_only=True)
+    loss = loss * share
+    run.scaler.scale(loss).backward()
     return loss.detach()
 
 
@@ -792,17 +805,60 @@ def rehearse(run: Run):
 
 def compare_with_eager(run: Run, batch: range):
     """RuntimeError where the compiled blocks have other gradients than the same blocks as they are written: a compiler
-    may be wrong on one processor and right on all others. Every parameter's norm is compared; rounding moves it by a
-    few percent in bfloat16, a wrong kernel by all of it."""
-    norms = []
-    for stance in ("default", "force_eager"):
-        run.optimizer.zero_grad(set_to_none=True)
-        with torch.compiler.set_stance(stance):
-            forward_backward(run, batch, last=True)
-        norms.append(torch.stack([p.grad.norm() for p in run.model.parameters()]))
-    compiled, eager = norms
-    if not bool(((compiled - eager).abs() <= 0.2 * eager + 1e-6 * eager.max()).all()):
+    may be wrong on one processor and right on all others."""
+    compiled = gradient_norms(run, batch)
+    with torch.compiler.set_stance("force_eager"):
+        eager = gradient_norms(run, batch)
+    if not alike(compiled, eager):
         raise RuntimeError("the compiled blocks have other gradients than the plain ones on this machine")
+
+
+def gradient_norms(run: Run, batch: range) -> torch.Tensor:
+    """The norm of every parameter's gradient for this micro-batch alone."""
+    run.optimizer.zero_grad(set_to_none=run.replay is None)
+    forward_backward(run, batch, last=True)
+    return torch.stack([p.grad.norm() for p in run.model.parameters()])
+
+
+def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether norms of gradients are the same but for rounding, which moves one by a few percent in bfloat16; a wrong
+    kernel moves it by all of it."""
+    both_overflow = ~torch.isfinite(found) & ~torch.isfinite(expected)  # float16, whose scale is still to be found
+    largest = expected[torch.isfinite(expected)].max() if bool(torch.isfinite(expected).any()) else 0.0
+    return bool((((found - expected).abs() <= 0.2 * expected + 1e-6 * largest) | both_overflow).all())
+
+
+def can_replay(run: Run) -> bool:
+    return run.device.startswith("cuda") and run.world == 1 and not run.chat and run.s.compile != "off"
+
+
+def record(run: Run):
+    """Have a GPU that would wait for Python replay forward and backward of a micro-batch of text. (Conversations change
+    in shape; several processes exchange gradients on the way.)"""
+    if not can_replay(run):
+        return
+    batch, params = micro_batches(run, run.p.step)[0], list(run.model.parameters())
+    rows, share = run.rows.batch(batch, run.device), len(batch) / run.s.global_batch_size
+    launching = launch_share(partial(forward_backward, run, batch, True))
+    if launching < GPU_WAITS:
+        run.optimizer.zero_grad(set_to_none=True)
+        return run.say(f"replay   off: Python starts a micro-batch in {launching:.0%} of the time that the GPU takes")
+    try:
+        expected = gradient_norms(run, batch)
+        for p in params:  # a replay adds to these
+            p.grad = torch.zeros_like(p)
+        run.replay = Replay(partial(loss_and_gradients, run, share), *rows)
+        if not alike(gradient_norms(run, batch), expected):
+            raise RuntimeError("it has other gradients")
+        with run.autocast():  # what check_sound() does beside it must fit, too
+            torch.autograd.grad(run.model(*rows, loss_only=True)[1], params)
+        run.say(f"replay   on: a CUDA graph, since Python takes {launching:.0%} of the time to start its kernels")
+    except RuntimeError as error:  # OutOfMemoryError is one
+        run.replay = None
+        run.say(f"replay   off: {str(error).splitlines()[0]}")
+    run.optimizer.zero_grad(set_to_none=run.replay is None)
+    if not run.replay:
+        torch.cuda.empty_cache()
 
 
 def recover(run: Run, error: Exception):

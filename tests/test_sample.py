@@ -267,22 +267,3 @@ def test_the_command_prints_the_prompt_and_its_continuation(hf_directory):
     wrong = ["--dtype=half", "--temperature=-1", "--quantize=int3", "--num_samples=0", "--top_k=0", "--seed=1e3"]
     done = run_script(*arguments, *wrong)
     assert done.returncode == 2 and all(f"{flag}: " in done.stderr for flag in wrong) and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_compile_is_for_a_gpu(hf_directory):
-    """On a CPU decode.c computes the tokens, and compiling for half a minute would change nothing."""
-    done = run_script("sample.py", f"--model={hf_directory}", "--device=cpu", "--compile=true")
-    assert done.returncode == 1 and "--compile=on is for a GPU" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_compile_reaches_the_model(hf_directory, monkeypatch, capsys):
-    """--compile=true compiles before the first token. (That the compiled model is the same: tests/test_device.py.)"""
-    compiled = []
-    monkeypatch.setattr(sample, "compile_for_generation", compiled.append)
-    flags = [f"--model={hf_directory}", "--device=cpu", "--max_new_tokens=3", "--use_c=False"]
-    for more, expected in ((["--compile=true"], 1), ([], 0)):
-        compiled.clear()
-        monkeypatch.setattr("sys.argv", ["sample.py", *flags, *more])
-        sample.main()
-        assert len(compiled) == expected

@@ -1,0 +1,175 @@
+"""CUDA graphs in training and generating: the same numbers as without. On a CPU with a stand-in for the graph, which
+shows that what surrounds it is right; on a machine with a CUDA GPU with the graph itself."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TEXT, tiny
+
+import decode
+import sample
+import train
+from decode import GpuDecoder
+from model import KVCache
+
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU: the stand-in alone")
+)
+SMALL = (
+    "--input=t.txt --dataset=t --vocab_size=300 --hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 "
+    "--num_attention_heads=4 --num_key_value_heads=2 --block_size=32 --global_batch_size=8 --micro_batch_size=8 "
+    "--max_iters=12 --eval_interval=4 --eval_rows=20 --log_interval=1 --warmup_iters=2 --learning_rate=1e-2 "
+    "--dtype=float32 --peak_tflops=1000"
+).split()
+
+
+class StandIn:
+    """Computes anew, on its own copies of the inputs, where a graph would be replayed."""
+
+    replays = 0
+
+    def __init__(self, compute, *inputs):
+        self.compute, self.inputs, self.result = compute, [tensor.clone() for tensor in inputs], None
+
+    def __call__(self, *inputs):
+        StandIn.replays += 1
+        for own, new in zip(self.inputs, inputs, strict=True):
+            own.copy_(new)
+        result = self.compute(*self.inputs)
+        self.result = result.clone() if self.result is None else self.result.copy_(result)
+        return self.result
+
+
+@pytest.fixture(params=["stand-in", CUDA])
+def device(request, tmp_path, monkeypatch):
+    """cpu or cuda, in an empty folder with a text in it; replays wherever they are not switched off."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text(TEXT[:8000])
+    monkeypatch.setattr(train, "launch_share", lambda compute: compute() * 0 + 1)
+    if request.param == "cuda":
+        return "cuda"
+    monkeypatch.setattr(train, "can_replay", lambda run: run.s.compile != "off")
+    for module in train, decode:
+        monkeypatch.setattr(module, "Replay", StandIn)
+    StandIn.replays = 0
+    return "cpu"
+
+
+def losses(monkeypatch, capsys, device, name, *flags):
+    """Of all steps and evaluations of a run, and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, f"--device={device}", f"--out_dir=out/{name}", *flags])
+    train.main()
+    rows = [json.loads(line) for line in open(f"out/{name}/log.jsonl", encoding="utf-8")]
+    return torch.tensor([row.get("loss", row.get("val_loss")) for row in rows]), capsys.readouterr().out
+
+
+def near(device, a, b) -> bool:
+    """To the last bit with the stand-in; a GPU may add in another order."""
+    return torch.equal(a, b) if device == "cpu" else torch.allclose(a, b, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--optimizer=muon",
+        "--micro_batch_size=3",  # 3 + 3 + 2 rows: the last by themselves
+        "--dropout=0.3 --token_noise=0.2 --noise_until=0.5",
+        "--dtype=float16",
+        "--grad_clip=0",
+    ],
+)
+def test_a_replayed_run_is_the_same(device, monkeypatch, capsys, flags):
+    """Gradients start each step at zero, dropout differs from step to step, the rows are those of the step. Negative
+    control: gradients that are not set to zero."""
+    plain, said = losses(monkeypatch, capsys, device, "plain", *flags.split(), "--compile=off")
+    assert "replay" not in said and not StandIn.replays
+    replayed, said = losses(monkeypatch, capsys, device, "replayed", *flags.split())
+    assert "replay   on" in said and len(plain) == 15
+    assert near(device, plain, replayed), (plain - replayed).abs().max()
+    if device == "cpu":
+        parts = 2 if "micro" in flags else 1
+        assert StandIn.replays == 12 * parts + 1
+    real = train.make_optimizer
+
+    def forgetful(*arguments):
+        optimizer = real(*arguments)
+        optimizer.zero_grad = lambda set_to_none: None
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", forgetful)
+    monkeypatch.setattr(train, "alike", lambda *norms: True)
+    assert not near(device, plain, losses(monkeypatch, capsys, device, "wrong", *flags.split())[0])
+
+
+def test_stopped_and_resumed_a_replayed_run_is_the_same(device, monkeypatch, capsys):
+    whole, _ = losses(monkeypatch, capsys, device, "whole", "--dropout=0.2")
+    losses(monkeypatch, capsys, device, "parts", "--dropout=0.2", "--max_iters=8", "--lr_decay_iters=12")
+    parts, said = losses(monkeypatch, capsys, device, "parts", "--dropout=0.2", "--lr_decay_iters=12")
+    assert "resume" in said and near(device, whole, parts)
+    other, _ = losses(monkeypatch, capsys, device, "other", "--dropout=0.2", "--seed=2")
+    assert not near(device, whole, other), "negative control: another seed is another run"
+
+
+@pytest.mark.parametrize("fault", ["memory", "gradients"])
+def test_a_replay_that_fails_is_gone_without(device, monkeypatch, capsys, fault):
+    """Where its memory is too small, or its gradients are other ones, the run is that without it."""
+    real = train.Replay
+
+    class Faulty(real):
+        def __init__(self, compute, *inputs):
+            if fault == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            super().__init__(lambda *rows: 3 * compute(*(row.flip(-1) for row in rows)), *inputs)
+
+    plain, _ = losses(monkeypatch, capsys, device, "plain", "--compile=off")
+    monkeypatch.setattr(train, "Replay", Faulty)
+    found, said = losses(monkeypatch, capsys, device, "faulty")
+    assert ("CUDA out of memory" if fault == "memory" else "it has other gradients") in said
+    assert near(device, plain, found)
+
+
+def test_what_is_replayed(monkeypatch):
+    """One process with a GPU and text. Conversations have rows of no fixed shape, and of several processes the
+    gradients are exchanged on the way."""
+    run = SimpleNamespace(device="cuda", world=1, chat=False, s=train.Settings())
+    assert train.can_replay(run)
+    for change in (dict(device="cpu"), dict(device="mps"), dict(world=2), dict(chat=True)):
+        assert not train.can_replay(SimpleNamespace(**vars(run) | change))
+    assert not train.can_replay(SimpleNamespace(**vars(run) | dict(s=train.Settings(compile="off"))))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_recorded_text_is_the_same(device, monkeypatch, rows):
+    """Through caches that grow, and past the context, where the cache is written from its beginning again. Negative
+    control: a position off."""
+    monkeypatch.setattr(decode, "ROOM", 8)
+    model = tiny().to(device)  # a context of 64
+    prompt = torch.randint(3, 512, (rows, 5))
+    found = {}
+    for name in ("plain", "recorded"):
+        cache = KVCache(model.config, rows, model.device)
+        logits, decoder = sample.prefill(model, prompt.to(device), cache), GpuDecoder(model)
+        found[name] = []
+        for position, token in enumerate(torch.randint(3, 512, (59, rows), generator=torch.Generator().manual_seed(1))):
+            if name == "recorded":
+                logits = decoder(token.tolist(), cache, 5 + position)
+            else:
+                logits = sample.prefill(model, token[:, None].to(device), cache, 5 + position)
+            found[name].append(logits)
+        found[name] = torch.stack(found[name]).cpu()
+    plain, recorded = found["plain"], found["recorded"]
+    assert (plain - recorded).abs().max() < 1e-4 < (plain[1:] - recorded[:-1]).abs().max()
+
+    used = []
+    monkeypatch.setattr(sample, "reason_against", lambda model: "")
+    for name in "Decoder", "GpuDecoder":  # a CPU would take decode.c
+        monkeypatch.setattr(sample, name, lambda model: used.append(model) or GpuDecoder(model))
+    texts = [
+        torch.stack(list(sample.generate(model, prompt, 150, temperature=0, stop_ids=[], use_c=use_c))).cpu()
+        for use_c in (True, False)
+    ]
+    assert torch.equal(*texts) and len(used) == 1 and texts[0].shape == (150, rows)
