@@ -125,7 +125,9 @@ def pick_compile(choice: str, device: str, flops: float, peak: float) -> tuple[b
         return False, "this GPU is too old for Triton"
     if device != "cpu" and not device.startswith("cuda"):
         return False, f"compiled training is not reliable on {device}"
-    minutes = flops / (0.5 * peak) / 60 if peak else math.inf
+    if not peak:
+        return True, "how long the run takes is not known"
+    minutes = flops / (0.5 * peak) / 60
     if minutes < 5:
         return False, f"the run is about {minutes:.1f} minutes of work, too short to earn the compiling back"
     return True, "the run is long enough to earn the compiling back"

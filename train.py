@@ -40,21 +40,18 @@ import prepare
 from dataloader import Conversations, Rows, find_data, text_rows, to_device, validation_conversations, validation_rows
 from device import (
     DTYPES,
-    GPU_WAITS,
-    Replay,
     compile_for_training,
     join_processes,
-    launch_share,
     of_first,
     peak_flops,
     pick_autocast,
     pick_compile,
     pick_device,
     prepare_process,
-    undo_compile,
 )
 from evaluate import evaluate, read_ids
 from files import Busy, Log, exclusive, file_sha256
+from gradients import forward_backward, micro_batches, rehearse, seed_dropout
 from model import SmolLM2, SmolLM2Config
 from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizer, noise_ends
 from resume import FIXED, Progress, changes_accepted, check_settings, goes_on, resume
@@ -273,7 +270,6 @@ def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: st
     set_up(run)
     if run.p.step < s.max_iters:  # else only an evaluation is left
         rehearse(run)
-        record(run)
     try:
         begin(run)
     except OSError as error:
@@ -386,42 +382,6 @@ def check_saved(run: Run):
     if run.saved != run.p.step:
         earlier = f"Go on from step {run.saved:,} with: {run.again()}" if run.saved is not None else "Nothing was, yet."
         raise UserError(f"ended at step {run.p.step:,}, which was not saved (see above). {earlier}")
-
-
-def micro_batches(run: Run, step: int) -> list[range]:
-    """The row numbers of this process's share of a step, micro-batch by micro-batch; the last may be shorter."""
-    begin = step * run.s.global_batch_size + run.rank * run.rows_here
-    end = begin + run.rows_here
-    return [range(a, min(a + run.micro, end)) for a in range(begin, end, run.micro)]
-
-
-def forward_backward(run: Run, batch: range, last: bool) -> torch.Tensor:
-    """Loss and gradients of one micro-batch, weighted by its share of the step's tokens; the loss, detached."""
-    rows = run.rows.batch(batch, run.device)
-    first = run.p.step * run.s.global_batch_size
-    whole = run.rows.weight(range(first, first + run.s.global_batch_size))
-    share = run.rows.weight(batch) / (whole / run.world)
-    seed_dropout(run, batch.start)
-    if run.replay and len(batch) == run.micro:
-        return run.replay(*rows)
-    # DDP averages gradients over the processes; before each forward it must know whether to wait for more
-    with nullcontext() if run.world == 1 or last else run.trained.no_sync():
-        return loss_and_gradients(run, share, *rows)
-
-
-def loss_and_gradients(run: Run, share: float, *rows: torch.Tensor) -> torch.Tensor:
-    """Forward and backward of rows on the device."""
-    with run.autocast():
-        _, loss = run.trained(*rows, loss_only=True)
-    loss = loss * share
-    run.scaler.scale(loss).backward()
-    return loss.detach()
-
-
-def seed_dropout(run: Run, row: int):
-    """What a forward pass drops is a function of the seed and its first row, so that a resume drops the same."""
-    if run.s.dropout:
-        torch.manual_seed(run.s.seed + row)
 
 
 def agree(run: Run, loss: torch.Tensor) -> tuple[float, bool]:
@@ -768,120 +728,6 @@ def begin(run: Run):
             first_weights["untrained"] = "true"
         checkpoint.save_pretrained(model, out_dir, first_weights)
     run.log = Log(out_dir / "log.jsonl", p.step, p.evaluated, p.sampled, run.say)
-
-
-def rehearse(run: Run):
-    """Try forward and backward before the first evaluation, and discard the gradients. Where memory is too small or
-    compiling fails, that shows here, and is mended with a message."""
-    started = time.perf_counter()
-    new_groups = [] if run.resumed else run.optimizer.param_groups
-    while True:
-        batches = micro_batches(run, run.p.step)
-        try:
-            # room for what the optimizer keeps from its first step on: AdamW two averages, Muon one. On a CPU it costs
-            # nothing yet
-            kept = [torch.empty_like(p) for g in new_groups for p in g["params"] for _ in range(1 + ("betas" in g))]
-            # the first two, since the second runs beside the gradients of the first; the last may be shorter
-            for batch in batches[:2] + batches[2:][-1:]:
-                forward_backward(run, batch, last=True)
-            if run.compiled:
-                compare_with_eager(run, batches[0])
-            break
-        except Exception as error:
-            recover(run, error)
-        kept = None
-        run.optimizer.zero_grad(set_to_none=True)
-        if run.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-    run.optimizer.zero_grad(set_to_none=True)
-    del kept
-    run.p.compile = run.compiled
-    if run.device == "cpu":
-        run.p.cpu_dtype = str(run.dtype)[6:]
-    run.p.seconds += time.perf_counter() - started
-    if run.compiled:
-        run.say(f"         compiled and tried in {time.perf_counter() - started:.0f} s")
-
-
-def compare_with_eager(run: Run, batch: range):
-    """RuntimeError where the compiled blocks have other gradients than the same blocks as they are written: a compiler
-    may be wrong on one processor and right on all others."""
-    compiled = gradient_norms(run, batch)
-    with torch.compiler.set_stance("force_eager"):
-        eager = gradient_norms(run, batch)
-    if not alike(compiled, eager):
-        raise RuntimeError("the compiled blocks have other gradients than the plain ones on this machine")
-
-
-def gradient_norms(run: Run, batch: range) -> torch.Tensor:
-    """The norm of every parameter's gradient for this micro-batch alone."""
-    run.optimizer.zero_grad(set_to_none=run.replay is None)
-    forward_backward(run, batch, last=True)
-    return torch.stack([p.grad.norm() for p in run.model.parameters()])
-
-
-def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether norms of gradients are the same but for rounding, which moves one by a few percent in bfloat16; a wrong
-    kernel moves it by all of it."""
-    both_overflow = ~torch.isfinite(found) & ~torch.isfinite(expected)  # float16, whose scale is still to be found
-    largest = expected[torch.isfinite(expected)].max() if bool(torch.isfinite(expected).any()) else 0.0
-    return bool((((found - expected).abs() <= 0.2 * expected + 1e-6 * largest) | both_overflow).all())
-
-
-def can_replay(run: Run) -> bool:
-    return run.device.startswith("cuda") and run.world == 1 and not run.chat and run.s.compile != "off"
-
-
-def record(run: Run):
-    """Have a GPU that would wait for Python replay forward and backward of a micro-batch of text. (Conversations change
-    in shape; several processes exchange gradients on the way.)"""
-    if not can_replay(run):
-        return
-    batch, params = micro_batches(run, run.p.step)[0], list(run.model.parameters())
-    rows, share = run.rows.batch(batch, run.device), len(batch) / run.s.global_batch_size
-    launching = launch_share(partial(forward_backward, run, batch, True))
-    if launching < GPU_WAITS:
-        run.optimizer.zero_grad(set_to_none=True)
-        return run.say(f"replay   off: Python starts a micro-batch in {launching:.0%} of the time that the GPU takes")
-    try:
-        expected = gradient_norms(run, batch)
-        for p in params:  # a replay adds to these
-            p.grad = torch.zeros_like(p)
-        run.replay = Replay(partial(loss_and_gradients, run, share), *rows)
-        if not alike(gradient_norms(run, batch), expected):
-            raise RuntimeError("it has other gradients")
-        with run.autocast():  # what check_sound() does beside it must fit, too
-            torch.autograd.grad(run.model(*rows, loss_only=True)[1], params)
-        run.say(f"replay   on: a CUDA graph, since Python takes {launching:.0%} of the time to start its kernels")
-    except RuntimeError as error:  # OutOfMemoryError is one
-        run.replay = None
-        run.say(f"replay   off: {str(error).splitlines()[0]}")
-    run.optimizer.zero_grad(set_to_none=run.replay is None)
-    if not run.replay:
-        torch.cuda.empty_cache()
-
-
-def recover(run: Run, error: Exception):
-    """Halve the micro-batch after running out of memory; go on without compiling where it was not asked for. Any other
-    error is raised again, and so is every error of one process among several."""
-    s = run.s
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    phrases = "out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"
-    memory = isinstance(error, torch.OutOfMemoryError) or any(phrase in text for phrase in phrases)
-    if memory and run.micro > 1 and run.world == 1:
-        run.micro //= 2
-        run.say(f"!! out of memory: micro-batch {run.micro} from here on, still {s.global_batch_size} rows a step")
-    elif memory:
-        smaller = "--micro_batch_size" if run.micro > 1 else "--block_size (of a new run), or a smaller model"
-        raise UserError(f"out of memory ({text}). Try a smaller {smaller}.") from None
-    elif run.compiled and s.compile == "auto" and run.world == 1:
-        run.compiled = False
-        undo_compile(run.model)
-        run.say(f"!! compiling failed ({type(error).__name__}: {text}); going on without")
-    elif run.compiled:
-        raise UserError(f"compiling failed here ({text}). Train without: --compile=off") from None
-    else:
-        raise error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 # The full SmolLM2-135M shape on Shakespeare: 30 layers, 576 wide, 9 query and 3 key/value heads, vocabulary 5,000.
 #   python train.py config/smol_shakespeare.py                                  27 minutes on two CPU cores (EPYC)
-#   python train.py config/smol_shakespeare.py --micro_batch_size=64 --global_batch_size=64     on a GPU
 # 109 million parameters are far too many for a megabyte of text: config/tiny_shakespeare.py is the better model. The
-# 600 steps here, two epochs, end before it knows the text by heart; config/seed_5000.py should go on until it does.
+# 600 steps here, two epochs, end before it knows the text by heart; config/seed_5000.py goes on until it does.
 out_dir = "out/smol_shakespeare"
 dataset = "shakespeare"
 vocab_size = 5000

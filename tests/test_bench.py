@@ -136,6 +136,16 @@ def test_the_limit_at_depth_and_in_rows():
     assert bench.hardware_limit("busy", limits, weights) is None
 
 
+def test_a_gpu_is_given_more_to_do():
+    """Rows that fill it, and the limit is that of the same rows."""
+    limits = dict(bfloat16=800000, float32=400, memory=4000)
+    per_token = {}
+    for device, (vocab, rows, T) in {"cpu": (49152, 2, 512), "cuda": (49152, 16, 2048)}.items():
+        assert bench.contenders_for("train_full_vocab", [], device, "", "")["ours"][2:6] == (device, vocab, rows, T)
+        per_token[device] = 800e12 / bench.hardware_limit("train_full_vocab", limits, {}, device)
+    assert per_token["cuda"] - per_token["cpu"] == pytest.approx(12 * 30 * 9 * 64 * (2048 - 512))
+
+
 @pytest.mark.slow
 def test_beside_others(monkeypatch, tmp_path):
     """The busy row sets up, gives a ratio, and leaves no program running."""

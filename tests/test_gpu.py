@@ -10,6 +10,7 @@ import torch
 from conftest import TEXT, tiny
 
 import decode
+import gradients
 import sample
 import train
 from decode import GpuDecoder
@@ -48,13 +49,13 @@ def device(request, tmp_path, monkeypatch):
     """cpu or cuda, in an empty folder with a text in it; replays wherever they are not switched off."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.txt").write_text(TEXT[:8000])
-    monkeypatch.setattr(train, "launch_share", lambda compute: compute() * 0 + 1)
+    monkeypatch.setattr(gradients, "launch_share", lambda compute: compute() * 0 + 1)
+    StandIn.replays = 0
     if request.param == "cuda":
         return "cuda"
-    monkeypatch.setattr(train, "can_replay", lambda run: run.s.compile != "off")
-    for module in train, decode:
+    monkeypatch.setattr(gradients, "can_replay", lambda run: run.s.compile != "off")
+    for module in gradients, decode:
         monkeypatch.setattr(module, "Replay", StandIn)
-    StandIn.replays = 0
     return "cpu"
 
 
@@ -86,7 +87,7 @@ def test_a_replayed_run_is_the_same(device, monkeypatch, capsys, flags):
     """Gradients start each step at zero, dropout differs from step to step, the rows are those of the step. Negative
     control: gradients that are not set to zero."""
     plain, said = losses(monkeypatch, capsys, device, "plain", *flags.split(), "--compile=off")
-    assert "replay" not in said and not StandIn.replays
+    assert "replay  " not in said and not StandIn.replays
     replayed, said = losses(monkeypatch, capsys, device, "replayed", *flags.split())
     assert "replay   on" in said and len(plain) == 15
     assert near(device, plain, replayed), (plain - replayed).abs().max()
@@ -101,7 +102,7 @@ def test_a_replayed_run_is_the_same(device, monkeypatch, capsys, flags):
         return optimizer
 
     monkeypatch.setattr(train, "make_optimizer", forgetful)
-    monkeypatch.setattr(train, "alike", lambda *norms: True)
+    monkeypatch.setattr(gradients, "alike", lambda *norms: True)
     assert not near(device, plain, losses(monkeypatch, capsys, device, "wrong", *flags.split())[0])
 
 
@@ -117,7 +118,7 @@ def test_stopped_and_resumed_a_replayed_run_is_the_same(device, monkeypatch, cap
 @pytest.mark.parametrize("fault", ["memory", "gradients"])
 def test_a_replay_that_fails_is_gone_without(device, monkeypatch, capsys, fault):
     """Where its memory is too small, or its gradients are other ones, the run is that without it."""
-    real = train.Replay
+    real = gradients.Replay
 
     class Faulty(real):
         def __init__(self, compute, *inputs):
@@ -126,7 +127,7 @@ def test_a_replay_that_fails_is_gone_without(device, monkeypatch, capsys, fault)
             super().__init__(lambda *rows: 3 * compute(*(row.flip(-1) for row in rows)), *inputs)
 
     plain, _ = losses(monkeypatch, capsys, device, "plain", "--compile=off")
-    monkeypatch.setattr(train, "Replay", Faulty)
+    monkeypatch.setattr(gradients, "Replay", Faulty)
     found, said = losses(monkeypatch, capsys, device, "faulty")
     assert ("CUDA out of memory" if fault == "memory" else "it has other gradients") in said
     assert near(device, plain, found)
@@ -136,10 +137,10 @@ def test_what_is_replayed(monkeypatch):
     """One process with a GPU and text. Conversations have rows of no fixed shape, and of several processes the
     gradients are exchanged on the way."""
     run = SimpleNamespace(device="cuda", world=1, chat=False, s=train.Settings())
-    assert train.can_replay(run)
+    assert gradients.can_replay(run)
     for change in (dict(device="cpu"), dict(device="mps"), dict(world=2), dict(chat=True)):
-        assert not train.can_replay(SimpleNamespace(**vars(run) | change))
-    assert not train.can_replay(SimpleNamespace(**vars(run) | dict(s=train.Settings(compile="off"))))
+        assert not gradients.can_replay(SimpleNamespace(**vars(run) | change))
+    assert not gradients.can_replay(SimpleNamespace(**vars(run) | dict(s=train.Settings(compile="off"))))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -16,15 +16,16 @@ MAY_IMPORT = {name: ORDER[:i] for i, name in enumerate(ORDER)} | {
     "prepare": ["config", "files", "conversations"],  # no torch: it must start at once
     "dataloader": ["config", "files", "prepare"],
     "optimizer": ["config"],
+    "gradients": ["config", "device"],
     "resume": ["config", "files", "checkpoint", "optimizer"],
     "evaluate": ORDER + DATA,
-    "train": ORDER + DATA + ["resume", "optimizer", "evaluate"],
-    "verify_hf": ORDER + DATA + ["resume", "optimizer", "evaluate", "train"],
+    "train": ORDER + DATA + ["resume", "gradients", "optimizer", "evaluate"],
+    "verify_hf": ORDER + DATA + ["resume", "gradients", "optimizer", "evaluate", "train"],
     "ggml": ["config", "files"],
-    "export_gguf": ORDER + DATA + ["resume", "optimizer", "evaluate", "train", "ggml"],
+    "export_gguf": ORDER + DATA + ["resume", "gradients", "optimizer", "evaluate", "train", "ggml"],
     "import_gguf": ORDER + DATA + ["ggml"],
-    "app": ORDER + DATA + ["resume", "optimizer", "evaluate", "train"],
-    "bench": ORDER + DATA + ["resume", "optimizer", "evaluate", "train", "ggml", "export_gguf"],
+    "app": ORDER + DATA + ["resume", "gradients", "optimizer", "evaluate", "train"],
+    "bench": ORDER + DATA + ["resume", "gradients", "optimizer", "evaluate", "train", "ggml", "export_gguf"],
 }
 
 

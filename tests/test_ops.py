@@ -126,6 +126,29 @@ def test_float16_gradients_survive_a_large_vocabulary():
     assert worst_row(divided_first[1000:], exact[1][1000:]) > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_loss_of_a_gpu_is_that_of_a_cpu(monkeypatch, dtype):
+    """Its few passes compute the same loss and gradients, targets left out included. Negative control: no one_hot."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(2, 300, 64), torch.randn(1000, 64) / 8, torch.randint(0, 1000, (2, 300))
+    targets[0, 5:50] = -100
+
+    def found(add_loss):
+        monkeypatch.setattr(ops, "add_loss_on_cpu", add_loss)
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = ops.cross_entropy_in_pieces(*leaves, targets)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    def without_one_hot(total, logits, *rest):
+        logits.copy_(logits.softmax(-1))
+
+    rounding = 1e-6 if dtype == torch.float32 else 5e-3
+    cpu, gpu, wrong = map(found, (ops.add_loss_on_cpu, ops.add_loss_on_gpu, without_one_hot))
+    for a, b, c in zip(cpu, gpu, wrong):
+        assert (a - b).abs().max() <= rounding * a.abs().max() < (a - c).abs().max()
+
+
 def test_without_gradients_the_loss_is_one_product():
     """Under no_grad the weights still say requires_grad; an evaluation that believed them would take three times as
     long, and a second matrix of the embedding's size. Negative control: with gradients there are three products."""

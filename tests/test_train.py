@@ -30,6 +30,7 @@ from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny_hf
 import checkpoint
 import dataloader
 import evaluate
+import gradients
 import model as smol
 import prepare
 import resume
@@ -1827,7 +1828,7 @@ def test_out_of_memory_beside_gradients_is_found_before_the_first_step(here, mon
 def test_the_rehearsal_leaves_room_for_the_optimizers_averages(here, monkeypatch, optimizer):
     """While the first micro-batch is tried, new memory has been taken that is as large as the state that the optimizer
     has after a step; on a resume, which has that state, none."""
-    taken, real, room = [], train.forward_backward, torch.empty_like
+    taken, real, room = [], gradients.forward_backward, torch.empty_like
 
     def trying(run, *arguments, **kw):
         alive = [t for t in (of() for of in taken) if t is not None]
@@ -1839,7 +1840,7 @@ def test_the_rehearsal_leaves_room_for_the_optimizers_averages(here, monkeypatch
         taken.append(weakref.ref(new))
         return new
 
-    monkeypatch.setattr(train, "forward_backward", trying)
+    monkeypatch.setattr(gradients, "forward_backward", trying)
     monkeypatch.setattr(torch, "empty_like", noticed)
     found = []
     for steps in (2, 4):
@@ -1855,12 +1856,12 @@ def test_out_of_memory_says_what_to_make_smaller(here, monkeypatch):
     """The micro-batch while it can be; at one row, the row or the model. Several processes do not halve it alone."""
     run = SimpleNamespace(s=train.Settings(), micro=2, world=2, compiled=False)
     with pytest.raises(UserError, match="not enough memory: .*Try a smaller --micro_batch_size"):
-        train.recover(run, RuntimeError("not enough memory: you tried to allocate 9 bytes"))
+        gradients.recover(run, RuntimeError("not enough memory: you tried to allocate 9 bytes"))
     run.micro = 1
     with pytest.raises(UserError, match="Try a smaller --block_size .*or a smaller model"):
-        train.recover(run, torch.OutOfMemoryError("CUDA out of memory"))
+        gradients.recover(run, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(ZeroDivisionError):  # any other error is no question of memory
-        train.recover(run, ZeroDivisionError("x"))
+        gradients.recover(run, ZeroDivisionError("x"))
 
 
 def test_a_run_needs_its_data_folder_for_tokens_alone(here, monkeypatch):
