@@ -1,13 +1,17 @@
 """
 One token of each text, without a call from Python for each small step: decode.c on a CPU, a CUDA graph on a GPU.
 
-    from decode import Decoder
-    logits = Decoder(model)([token_id], cache, position)    # (1, V) fp32, and the cache holds the new position
+    from decode import pick_decoder
+    decoder = pick_decoder(model)                       # None where there is neither: then model.py itself
+    logits = decoder([token_id], cache, position)       # (1, V), and the cache holds the new position
 
-sample.generate() uses them wherever it can. decode.c: up to MOST_ROWS texts, with a C compiler. The weights stay where
-they are, in the model, whether fp32, bf16 or int8; activations are fp32, and int8 where they meet int8 weights.
-tests/test_decode.py compares it with the plain forward pass of model.py, which everything else uses; so does every
-process, on the first token of each model.
+sample.generate() uses them wherever it can.
+
+decode.c: up to MOST_ROWS texts, with a C compiler. The weights stay where they are, in the model, whether fp32, bf16 or
+int8; activations are fp32, and int8 where they meet int8 weights. tests/test_decode.py compares it with the plain
+forward pass of model.py, which everything else uses; so does every process, on the first token of each model.
+
+The CUDA graph: model.py itself, recorded (device.Replay) and compared whenever it is recorded. tests/test_gpu.py.
 """
 
 import ctypes
@@ -250,8 +254,8 @@ def first_token(decoder: Decoder, tokens: list[int], cache: KVCache, position: i
 
 
 class GpuDecoder:
-    """model.py on a GPU, recorded once for every length of the cache and then replayed token by token: from Python,
-    starting its kernels takes several times as long as running them.
+    """model.py on a GPU, recorded once for each length of the cache and then replayed token by token: starting a small
+    model's kernels from Python takes longer than running them.
 
     logits = GpuDecoder(model)(token_ids, cache, position)    # (B, V), and the cache holds the new position
     """
@@ -261,11 +265,32 @@ class GpuDecoder:
 
     @torch.inference_mode()
     def __call__(self, tokens: list[int], cache: KVCache, position: int):
-        cache.reserve(min(max(position + 1, ROOM), self.model.config.max_position_embeddings))
+        assert len(tokens) == len(cache.layers[0][0]), "one token of each text in the cache"
+        cache.reserve(max(position + 1, min(ROOM, self.model.config.max_position_embeddings)))
         new = torch.tensor(tokens, device=self.model.device)[:, None]  # (B, 1)
         at = torch.tensor([position], device=self.model.device)
         if self.recorded is not cache.layers:  # reserve() makes new ones of a longer cache
-            step = lambda new, at: self.model(new, cache=cache, start=at)[0][:, -1]
-            step(new, at)
-            self.replay, self.recorded = Replay(step, new, at), cache.layers
+            self.record(new, at, cache)
         return self.replay(new, at).clone()  # the next replay writes over it
+
+    def record(self, new, at, cache: KVCache):  # (B, 1), (1,)
+        """UserError where that fails, or where a replay has other logits."""
+        step = lambda new, at: self.model(new, cache=cache, start=at)[0][:, -1]
+        plain = step(new, at)
+        try:
+            self.replay, self.recorded = Replay(step, new, at), cache.layers
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"no CUDA graph could be recorded ({reason}). Go without it: --use_c=False.") from None
+        error, spread = float((self.replay(new, at) - plain).float().std()), float(plain.float().std())
+        if not error <= 0.05 * spread + 1e-6:  # the same kernels; some may choose another order of additions
+            raise UserError(f"the CUDA graph has other logits, by {error / spread:.0%} of their spread. Go without it: "
+                            "--use_c=False.")  # fmt: skip
+
+
+def pick_decoder(model: SmolLM2, rows: int = 1) -> Decoder | GpuDecoder | None:
+    """What computes the tokens of so many texts after their prompts: a CUDA graph on a GPU, decode.c on a CPU; None
+    where neither can."""
+    if model.device.type == "cuda":
+        return GpuDecoder(model)
+    return Decoder(model) if rows <= MOST_ROWS and not reason_against(model) else None

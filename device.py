@@ -45,6 +45,8 @@ def pick_device(device: str) -> str:
         if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):  # torch knows more: on "meta" nothing is computed
             raise RuntimeError("expected auto, cuda, cuda:1, mps or cpu")
         torch.empty(1, device=device)
+        if device.startswith("cuda:"):  # what is recorded and waited for is that of the current one
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -151,17 +153,19 @@ def undo_compile(model: SmolLM2):
 
 class Replay:
     """A computation on a GPU, recorded once as a CUDA graph and then replayed with other inputs of the same shapes. A
-    small model's step is thousands of kernels of some microseconds each, and Python takes longer to start one.
+    small model's kernels run for microseconds, and Python takes longer to start one.
 
-    compute(*inputs) must have run before, since what is set up at a first call cannot be recorded. It may add to
-    tensors that exist (gradients) and returns one, which the next replay overwrites. What it draws at random, a replay
-    draws from the generator's seed of that moment.
+    compute(*inputs) must have run before, since what is set up at a first call cannot be recorded. It returns a tensor,
+    which the next replay overwrites, and may add to others, such as gradients: those stay where they were at the
+    recording, so zero them and do not replace them. What it draws at random, a replay draws from the generator's seed
+    of that moment. RuntimeError where it cannot be recorded; then this process should compute nothing more.
     """
 
     def __init__(self, compute, *inputs: torch.Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # thread_local: what another thread does meanwhile (app.py may load a model) is no part of it, and no error
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.result = compute(*self.inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -171,7 +175,7 @@ class Replay:
         return self.result
 
 
-GPU_WAITS = 0.7  # from this launch_share() on, a replay is faster
+GPU_WAITS = 0.7  # from this launch_share() on a replay is taken to be faster: a guess, small models were seen at 1.0
 
 
 def launch_share(compute) -> float:

@@ -1,10 +1,12 @@
 """
 A step's forward and backward, however the rows are split, compiled or replayed; and the rehearsal before the first one.
 
-    rehearse(run)                                        # out of memory, no compiler: mended before anything is written
-    loss = sum(forward_backward(run, batch, last) for batch in micro_batches(run, step))     # gradients add up in .grad
+    rehearse(run)                           # out of memory, no compiler: mended before anything is written
+    batches = micro_batches(run, step)
+    for batch in batches:                   # gradients add up in .grad
+        loss += forward_backward(run, batch, last=batch is batches[-1])
 
-`run` is always train.py's Run. What is here changes how fast a step is, and its numbers by rounding alone.
+`run` is always train.py's Run. Whichever way is taken, the numbers differ by rounding alone (and what dropout drops).
 """
 
 import time
@@ -29,14 +31,18 @@ def micro_batches(run, step: int) -> list[range]:
 
 
 def forward_backward(run, batch: range, last: bool) -> torch.Tensor:
-    """Loss and gradients of one micro-batch, weighted by its share of the step's tokens; the loss, detached."""
+    """Add one micro-batch's gradients to .grad and return its loss, detached; both weighted by its share of the tokens
+    that the step learns."""
     rows = run.rows.batch(batch, run.device)
+    seed_dropout(run, batch.start)
+    if (
+        run.replay and len(batch) == run.micro
+    ):  # recorded for a whole micro-batch of text, whose share is always the same
+        return run.replay(*rows)
+    # the loss of a step is a mean over what it learns; DDP divides by the number of processes
     first = run.p.step * run.s.global_batch_size
     whole = run.rows.weight(range(first, first + run.s.global_batch_size))
-    share = run.rows.weight(batch) / (whole / run.world)
-    seed_dropout(run, batch.start)
-    if run.replay and len(batch) == run.micro:
-        return run.replay(*rows)
+    share = run.world * run.rows.weight(batch) / whole
     # DDP averages gradients over the processes; before each forward it must know whether to wait for more
     with nullcontext() if run.world == 1 or last else run.trained.no_sync():
         return loss_and_gradients(run, share, *rows)
@@ -122,35 +128,44 @@ def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def can_replay(run) -> bool:
-    """Conversations change in shape; several processes exchange gradients on the way."""
+    """Whether a CUDA graph may be tried: conversations change in shape, several processes exchange gradients on the
+    way, and --compile=off asks for the plain way."""
     return run.device.startswith("cuda") and run.world == 1 and not run.chat and run.s.compile != "off"
 
 
 def record(run):
-    """Have a GPU that would wait for Python replay forward and backward of a micro-batch; go without where memory does
-    not suffice or the gradients are other ones."""
-    batch, params = micro_batches(run, run.p.step)[0], list(run.model.parameters())
-    rows, share = run.rows.batch(batch, run.device), len(batch) / run.s.global_batch_size
+    """Record forward and backward of a micro-batch as a CUDA graph (run.replay) where the GPU would otherwise wait for
+    Python. Without it where memory does not suffice, or where it has other gradients for rows that it was not recorded
+    with. UserError where it cannot be recorded, which can leave the GPU's random numbers unusable."""
+    (batch, *_), (other, *_) = (micro_batches(run, step) for step in (run.p.step, run.p.step + 1))
+    rows, params = run.rows.batch(batch, run.device), list(run.model.parameters())
+    share = len(batch) / run.s.global_batch_size
     launching = launch_share(partial(forward_backward, run, batch, True))
     if launching < GPU_WAITS:
         run.optimizer.zero_grad(set_to_none=True)
         return run.say(f"replay   off: Python takes {launching:.0%} of a micro-batch's time to start its kernels")
+    reason = ""
     try:
-        expected = gradient_norms(run, batch)
+        expected = gradient_norms(run, other)
         for p in params:  # a replay adds to these
             p.grad = torch.zeros_like(p)
         run.replay = Replay(partial(loss_and_gradients, run, share), *rows)
-        if not alike(gradient_norms(run, batch), expected):
-            raise RuntimeError("it has other gradients")
-        with run.autocast():  # what check_sound() does beside it must fit, too
+        if not alike(gradient_norms(run, other), expected):
+            reason = "it has other gradients"
+        with run.autocast():  # check_sound() does this while the graph keeps its memory: both must fit
             torch.autograd.grad(run.model(*rows, loss_only=True)[1], params)
-        run.say(f"replay   on: Python takes {launching:.0%} of a micro-batch's time to start its kernels")
-    except RuntimeError as error:  # OutOfMemoryError is one
+    except torch.OutOfMemoryError:
+        reason = "there is not enough memory for it"
+    except RuntimeError as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no CUDA graph could be recorded ({text}). Train without: --compile=off") from None
+    if reason:
         run.replay = None
-        run.say(f"replay   off: {str(error).splitlines()[0]}")
     run.optimizer.zero_grad(set_to_none=run.replay is None)
-    if not run.replay:
+    if reason:
         torch.cuda.empty_cache()
+        return run.say(f"replay   off: {reason}")
+    run.say(f"replay   on: Python takes {launching:.0%} of a micro-batch's time to start its kernels")
 
 
 def recover(run, error: Exception):

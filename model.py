@@ -169,7 +169,8 @@ def attend(q, k, v, start: int, walls=None):
     `walls` hides. By PyTorch's fused kernels, which keep no (T, S) scores.
 
     q (B, H, T, D) stands at positions start .. start+T-1; k and v (B, K, S, D) are those of positions 0 .. S-1, where
-    S = start + T. walls (B, 1, T, S), in the dtype of q: 0 where a query sees a key, else -inf. Returns (B, H, T, D).
+    S = start + T, or all that the cache has room for where start is a tensor and `walls` hides the rest. walls
+    (B, 1, T, S), in the dtype of q: 0 where a query sees a key, else -inf. Returns (B, H, T, D).
     """
     T, S = q.size(2), k.size(2)
     # is_causal masks from the top left, right only when nothing is cached; one query alone may see all keys
@@ -180,6 +181,13 @@ def attend(q, k, v, start: int, walls=None):
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, S, D) each
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None, enable_gqa=grouped)
+
+
+def walls_where(hidden, x):  # bool (B, 1, T, S) -> the same shape: -inf where hidden, else 0
+    """In the dtype that queries have when the activations are x: autocast's, or that of x."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.zeros(hidden.shape, dtype=dtype, device=x.device).masked_fill_(hidden, -math.inf)
 
 
 def takes_groups(q, mask) -> bool:
@@ -216,7 +224,8 @@ class KVCache:
 
     One pair of (B, K, capacity, D) buffers per layer. The capacity doubles as the text grows, up to the context, so a
     50-token answer does not pay for 8,192 positions. Positions are explicit: a caller writes rows start .. start+T-1
-    and sees rows 0 .. start+T-1; rows beyond are never read, whatever they hold.
+    and sees rows 0 .. start+T-1; rows beyond are not read, or (where start is a tensor) read and hidden, so they must
+    be finite.
     """
 
     def __init__(self, config: SmolLM2Config, batch_size: int, device=None, dtype=torch.float32):
@@ -236,16 +245,16 @@ class KVCache:
             self.layers = [tuple(F.pad(buffer, (0, 0, 0, extra)) for buffer in pair) for pair in self.layers]
 
 
-def update_cache(cache, k, v, start: int):
+def update_cache(cache, k, v, start: int | torch.Tensor):
     """Write k, v (B, K, T, D) into a layer's pair of buffers at `start`; return all up to there: (B, K, S, D) each, in
     the dtype of k. Where start is a tensor (1,): all of the buffers, written at that position."""
-    moving = isinstance(start, torch.Tensor)
-    end = cache[0].size(2) if moving else start + k.size(2)
-    for buffer, new in zip(cache, (k, v)):
-        if moving:
+    if isinstance(start, torch.Tensor):
+        for buffer, new in zip(cache, (k, v)):
             buffer.index_copy_(2, start, new.to(buffer.dtype))
-        else:
-            buffer[:, :, start:end] = new
+        return tuple(buffer.to(k.dtype) for buffer in cache)
+    end = start + k.size(2)
+    for buffer, new in zip(cache, (k, v)):
+        buffer[:, :, start:end] = new
     return tuple(buffer[:, :, :end].to(k.dtype) for buffer in cache)
 
 
@@ -332,7 +341,7 @@ class SmolLM2(nn.Module):
             parameter.normal_(0.0, self.config.initializer_range * scale)
 
     def forward(
-        self, input_ids, targets=None, documents=None, cache: KVCache | None = None, start: int = 0,
+        self, input_ids, targets=None, documents=None, cache: KVCache | None = None, start: int | torch.Tensor = 0,
         logits_to_keep: int = 0, loss_only: bool = False,
     ):  # fmt: skip
         """input_ids (B, T) int64 -> logits (B, T, V) and the loss, a fp32 scalar, or None without targets.
@@ -382,16 +391,11 @@ class SmolLM2(nn.Module):
 
     @staticmethod
     def walls(documents, x):  # (B, T), and x for its dtype -> (B, 1, T, T), one for all layers: 0 where seen, else -inf
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        seen = (documents[:, :, None] == documents[:, None, :]).tril()
-        return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -math.inf)[:, None]
+        return walls_where(~(documents[:, :, None] == documents[:, None, :]).tril()[:, None], x)
 
     @staticmethod
-    def walls_after(start, cache, x):  # (1,) -> (1, 1, 1, capacity): 0 up to that position, -inf after it
-        capacity = cache.layers[0][0].size(2)
-        walls = torch.zeros(1, 1, 1, capacity, dtype=x.dtype, device=x.device)
-        return walls.masked_fill_(torch.arange(capacity, device=x.device) > start, -math.inf)
+    def walls_after(start, cache, x):  # (1,), and x for its dtype -> (1, 1, 1, S): 0 up to that position, -inf after it
+        return walls_where((torch.arange(cache.layers[0][0].size(2), device=x.device) > start)[None, None, None], x)
 
     def widened_layers(self):
         """The layers one by one, in fp32: a single block, which takes the weights of each in its turn and so stays in

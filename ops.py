@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 WIDEN_FROM = 64  # from this many tokens on, layers run in fp32 where its products are faster (docs/performance.md)
-LOSS_ROWS = 2048  # tokens whose logits are held at once: on a GPU fewer are slower
-CPU_LOSS_ROWS = 256  # the same on a CPU, where 512 are no faster and take 50 MB more at a vocabulary of 49,152
+# tokens whose logits are held at once. On a CPU 512 are no faster, and take 50 MB more at a vocabulary of 49,152; on a
+# GPU, where 512 were slower than 4,096, 2,048 take a gigabyte there
+LOSS_ROWS = {"cpu": 256, "cuda": 2048}
+OTHER_LOSS_ROWS = 512
 SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CPU: 6 MB at a vocabulary of 49,152
 
 
@@ -78,11 +80,12 @@ def cross_entropy_in_pieces(x, weight, targets):
         return CrossEntropyInPieces.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, torch.is_grad_enabled())
 
 
-def add_loss_on_cpu(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N, 1), (N, 1)
+def add_loss(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N, 1), (N, 1)
     """Add the loss of the counted rows to `total`; where the gradient is wanted, softmax - one_hot replaces the logits
-    of every row. In fp32, as many rows at a time as stay in the cache."""
-    for a in range(0, len(logits), SOFTMAX_ROWS):
-        rows = slice(a, a + SOFTMAX_ROWS)
+    of every row. In fp32; on a CPU as many rows at a time as stay in its cache."""
+    size = SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
+    for a in range(0, len(logits), size):
+        rows = slice(a, a + size)
         exact = logits[rows].float()
         largest = exact.amax(-1, keepdim=True)
         chosen = exact.gather(1, target[rows]) - largest
@@ -94,18 +97,18 @@ def add_loss_on_cpu(total, logits, target, counted, want_grad: bool):  # (), (N,
             logits[rows] = exact.scatter_add_(1, target[rows], -torch.ones_like(z))
 
 
-def add_loss_on_gpu(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N, 1), (N, 1)
-    """The same in few passes over the logits: each is a trip through the GPU's memory."""
+def add_loss_on_cuda(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N, 1), (N, 1)
+    """What add_loss does, in half as many trips of the logits through the GPU's memory."""
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     chosen = log_p.gather(1, target)
     total -= (chosen * counted).sum()
-    if want_grad:
+    if want_grad:  # the probabilities, and p - 1 for the target, from its exact p
         torch.exp(log_p, out=logits)
         logits.scatter_(1, target, (chosen.exp() - 1).to(logits.dtype))
 
 
 class CrossEntropyInPieces(torch.autograd.Function):
-    """The loss of some hundred tokens at a time, and its gradient in the same pass.
+    """The loss of some of the tokens at a time (LOSS_ROWS), and its gradient in the same pass.
 
     At a vocabulary of 49,152 the logits of 1,024 tokens are 200 MB in fp32, and the plain way holds them, their
     softmax and their gradient at once. Here the gradient of each piece is taken while its logits are at hand, and is
@@ -125,13 +128,13 @@ class CrossEntropyInPieces(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(h) if want_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
-        on_cpu = h.device.type == "cpu"
-        size, add_loss = (CPU_LOSS_ROWS, add_loss_on_cpu) if on_cpu else (LOSS_ROWS, add_loss_on_gpu)
+        kind = h.device.type
+        size, add = LOSS_ROWS.get(kind, OTHER_LOSS_ROWS), add_loss_on_cuda if kind == "cuda" else add_loss
         for a in range(0, len(h), size):
             piece = slice(a, a + size)
             logits = h[piece] @ w.T  # (size, V)
             target = targets[piece].clamp(min=0)[:, None]  # -100 reads class 0 and is not counted
-            add_loss(total, logits, target, counted[piece], want_grad)
+            add(total, logits, target, counted[piece], want_grad)
             if want_grad:
                 grad_x[piece] = (logits @ w).mul_(counted[piece])
                 h_counted = h[piece] * counted[piece]

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from checkpoint import find, load, metadata, newest_run
-from decode import MOST_ROWS, Decoder, GpuDecoder, reason_against
+from decode import pick_decoder, reason_against
 from device import pick_device, pick_dtype, prepare_process
 from files import damage_named
 from model import KVCache
@@ -140,8 +140,8 @@ def generate(
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
-    use_c: after the prompt, up to MOST_ROWS rows on a CPU go through decode.c, and rows on a GPU through a CUDA graph,
-    with the same logits to rounding; False: none.
+    use_c: after the prompt, rows on a CPU go through decode.c (up to decode.MOST_ROWS) and rows on a GPU through a CUDA
+    graph, with the same logits to rounding; False: through model.py as it is written.
     cache, cached: a cache that holds the first `cached` of the prompt's ids already, as a conversation's does; what is
     read goes there. By default a new one.
     stop_ids: the ids that end a text, by default the model's eos_token_id. The id itself is yielded; a row that has
@@ -171,11 +171,7 @@ def generate(
     window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
     cached = min(cached, ids.size(1) - 1) if ids.size(1) <= context else 0  # one is left to read, for its logits
     cache = cache or KVCache(model.config, len(ids), model.device, model.dtype)
-    decoder = None
-    if use_c and model.device.type == "cuda":
-        decoder = GpuDecoder(model)
-    elif use_c and len(ids) <= MOST_ROWS and not reason_against(model):
-        decoder = Decoder(model)
+    decoder = pick_decoder(model, len(ids)) if use_c else None
 
     # read the prompt, all of it at once
     logits = prefill(model, window[:, cached:], cache, cached)

@@ -99,6 +99,7 @@ class Settings:
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the products; weights are float32 always
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the blocks; auto where it pays within the run
+    #                                                 (off records no CUDA graph, either)
     peak_tflops: NotNegative = 0.0  # of one device in this dtype, for MFU; 0: known (some GPUs) or measured (CPU)
     # the architecture, when from scratch: SmolLM2-135M; the vocabulary comes with the data
     hidden_size: Count = 576
@@ -347,7 +348,7 @@ def loop(run: Run) -> int:
             if bad_steps == 5:
                 raise UserError(f"five steps in a row without a finite loss or gradient. {last_good(run)}")
         scaler.update()
-        optimizer.zero_grad(set_to_none=run.replay is None)
+        optimizer.zero_grad(set_to_none=run.replay is None)  # a replay adds to the tensors it was recorded with
         p.step += 1
         p.seconds += time.perf_counter() - started
 
@@ -692,7 +693,7 @@ def set_up(run: Run):
     """Make everything ready for the first step; nothing is written yet."""
     if run.compiled:  # in place, so no name gets a prefix
         compile_for_training(run.model)
-    run.trained = run.model
+    run.trained = run.model  # what forward is called on: the model, or DDP's wrapper around it
     if run.world > 1:
         torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in pieces
         run.trained = DistributedDataParallel(run.model, gradient_as_bucket_view=True, broadcast_buffers=False)

@@ -2,8 +2,9 @@
 #   python train.py config/smol_shakespeare.py config/seed_5000.py
 #   python train.py config/smol_shakespeare.py config/seed_5000.py --max_iters=5050
 # It goes on top of config/smol_shakespeare.py. Seventeen times through the text: after six the validation loss turns,
-# while the training loss goes on to 0.2 ("gap"). out/seed_5000 keeps the best model, of step 1,750, not the last.
-# Two minutes on an H200 (with --compile=on), four to nine hours on two CPU cores. docs/recipes.md has the curve.
+# while the training loss goes on down to 0.2. out/seed_5000 keeps the best model, of step 1,750, not the last. With
+# --compile=on about three minutes on an H200; four to ten hours on two CPU cores, by the time of the first 1,000 steps.
+# docs/recipes.md has the curve.
 out_dir = "out/seed_5000"
 
 max_iters = 5000

@@ -22,7 +22,7 @@ def test_the_loss_in_pieces_is_the_loss(rows, tied, monkeypatch):
     plain.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr(ops, "CPU_LOSS_ROWS", rows)
+    monkeypatch.setitem(ops.LOSS_ROWS, "cpu", rows)
     none, pieces = model(ids, targets, loss_only=True)
     (3 * pieces).backward()  # a factor, as accumulation and loss scaling apply one
     assert none is None and pieces.dtype == torch.float32 and abs(float(plain - pieces)) < 1e-6
@@ -134,7 +134,7 @@ def test_the_loss_of_a_gpu_is_that_of_a_cpu(monkeypatch, dtype):
     targets[0, 5:50] = -100
 
     def found(add_loss):
-        monkeypatch.setattr(ops, "add_loss_on_cpu", add_loss)
+        monkeypatch.setattr(ops, "add_loss", add_loss)
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = ops.cross_entropy_in_pieces(*leaves, targets)
@@ -144,7 +144,7 @@ def test_the_loss_of_a_gpu_is_that_of_a_cpu(monkeypatch, dtype):
         logits.copy_(logits.softmax(-1))
 
     rounding = 1e-6 if dtype == torch.float32 else 5e-3
-    cpu, gpu, wrong = map(found, (ops.add_loss_on_cpu, ops.add_loss_on_gpu, without_one_hot))
+    cpu, gpu, wrong = map(found, (ops.add_loss, ops.add_loss_on_cuda, without_one_hot))
     for a, b, c in zip(cpu, gpu, wrong):
         assert (a - b).abs().max() <= rounding * a.abs().max() < (a - c).abs().max()
 
