@@ -576,7 +576,7 @@ def combination_cases() -> list[Case]:
     return [
         together("--warmup_iters=20", "warmup", codes=(0, 1, 2), **run),  # refused, or a warning
         together("--lr_decay_iters=2 --warmup_iters=4", "warmup", codes=(0, 1, 2), **run),
-        together("--warmup_iters=5 --lr_schedule=wsd --decay_fraction=0.9", "warmup_iters", "decay_fraction"),
+        together("--warmup_iters=5 --lr_schedule=wsd --decay_fraction=0.9", "warmup", codes=(0, 1, 2), **run),
         *[together(f"--{f}", "block_size") for f in ("max_position_embeddings=16", "block_size=1000000")],
         *[together(f"--num_key_value_heads={n}", "num_key_value_heads") for n in (3, 8)],
         together("--num_attention_heads=3", "num_attention_heads|num_key_value_heads"),
@@ -794,7 +794,7 @@ def weight_cases() -> list[Case]:
         *rows("weights", SAMPLE, 1, embedding, {"transposed": replace(embedding, lambda t: t.T.contiguous())}),
         *rows("weights", SAMPLE, 1, "lm_head",
               {"another head": tensors(lambda t: t.update({"lm_head.weight": t[embedding] + 1}))}),
-        *rows("weights", SAMPLE, ODD, "type|tokens|finite", odd),
+        *rows("weights", SAMPLE, ODD, "type|tokens|finite|disagree", odd),
         *rows("weights", SAMPLE, 0, "tokens", fine),
         *rows("weights", EXPORT, 1, "finite|nan", {"export NaN": nan}),
         *rows("weights", EXPORT, 1, "type", {"export int32": types["int32"]}),
