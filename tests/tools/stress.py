@@ -62,10 +62,10 @@ def start(out) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finish(out, *flags, processes=1) -> str:
+def finish(out, *flags, processes=1, code=0) -> str:
     done = subprocess.run(command(out, *flags, processes=processes), capture_output=True, text=True, env=ONE_THREAD)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def state(out):
@@ -177,9 +177,10 @@ def full_disk():
         before = (folder / "run/state.pt").read_bytes()
         free = shutil.disk_usage(folder).free
         (folder / "ballast").write_bytes(b"x" * (free - 200_000))
-        text = finish("small/run", "--max_iters=60", "--lr_decay_iters=400")
+        text = finish("small/run", "--max_iters=60", "--lr_decay_iters=400", code=1)
         failed = text.count("could not be written")
-        assert failed and (folder / "run/state.pt").read_bytes() == before, "the previous state must stay as it was"
+        assert failed and "ended at step 60, which was not saved" in text
+        assert (folder / "run/state.pt").read_bytes() == before, "the previous state must stay as it was"
         assert not list(folder.glob("run/*.tmp"))
         loads(folder / "run")
         (folder / "ballast").unlink()
