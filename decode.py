@@ -244,10 +244,12 @@ def first_token(decoder: Decoder, tokens: list[int], cache: KVCache, position: i
     logits = decoder.step(tokens, position)  # second, so that the cache holds decode.c's keys and values from here on
     error, allowed = difference(logits, plain[:, -1]), ROUNDING[model.embed_tokens.weight.dtype]
     if not error <= allowed:  # NaN, too
+        by = f"their logits differ by {error:.1%} of their spread, expected below {allowed:.1%}"
+        if not math.isfinite(error):
+            by = "its logits are not finite (damaged weights?)"
         raise UserError(
-            f"decode.c and model.py disagree: their logits differ by {error:.1%} of their spread, expected "
-            f"below {allowed:.1%}. Was one changed and not the other? Bring decode.c up to date, or go "
-            "without it: --use_c=False (in Python, generate(..., use_c=False))."
+            f"decode.c and model.py disagree: {by}. Was one changed and not the other? Bring decode.c up to date, or "
+            "go without it: --use_c=False (in Python, generate(..., use_c=False))."
         )
     checked.add(model)
     return logits

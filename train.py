@@ -153,9 +153,8 @@ class Run:
         self.resumed = goes_on(s)
         self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
         self.kept_loss, self.kept_step = math.inf, -1  # of the model that out_dir holds
-        self.sound = -1  # the step at which check_sound() found it so
+        self.sound, self.replay = -1, None  # the step that check_sound() found sound; the CUDA graph of record()
         self.steady = True  # a wsd schedule's decay is still to come, so stable.pt is to be written there
-        self.replay = None  # forward and backward as a CUDA graph, where record() made one
         if self.resumed:
             state = resume(self)
         for warning in check_schedule(s, self.p.lr_decay_iters):
