@@ -59,6 +59,7 @@ RUNS = Path("out")
 MAX_PROMPT = 4000  # characters; of a longer prompt the end is read
 MAX_CHAT, MAX_MESSAGES = 20_000, 199  # characters and messages; of a longer conversation the oldest turns are left out
 MAX_WAITING = 16  # requests in the queue; the next one is told to come back later
+DRAW_EVERY = 0.04  # seconds between two drawings of a text; a browser falls behind a fast model otherwise
 PATIENCE = 10  # seconds of work on a text that nobody has begun to fetch
 REFRESH = 3  # seconds between looks at the disk, for new runs and new lines in a log
 LOG_TAIL = 4_000_000  # bytes; of a longer log the last part is read
@@ -274,11 +275,11 @@ def recorded(steps, record: Record, tokenizer, eos_ids):
     record.why = "you stopped it"
 
 
-def unheard(request: gr.Request, record: Record) -> bool:
-    """Whether PATIENCE seconds have gone into a text and every message about it still lies in gradio's queue.
+def unheard(request: gr.Request, record: Record, sent: int) -> bool:
+    """Whether PATIENCE seconds have gone into a text and the `sent` messages about it still lie in gradio's queue.
     A client that has begun to read and goes away needs no such look: gradio closes the iterator."""
     unread = request.request.app.get_blocks()._queue.pending_messages_per_session.get(request.session_hash)
-    return sum(record.seconds) > PATIENCE and unread is not None and unread.qsize() >= len(record.tokens)
+    return sum(record.seconds) > PATIENCE and unread is not None and unread.qsize() >= max(1, sent)
 
 
 @contextmanager
@@ -669,17 +670,18 @@ NOBODY = ("none", "")  # in the list of second models
 
 
 def together(request: gr.Request, records: list[Record], writers: list):
-    """A token of each writer in turn, until nobody listens. Yields whether the coloured view, which is large and not
-    drawn at every token, is due."""
-    drawn = time.perf_counter()
+    """A token of each writer in turn, until nobody listens. Yields whether the text is to be drawn now, and whether the
+    coloured view, which is large, with it."""
+    drawn, colored, sent = -DRAW_EVERY, time.perf_counter(), 0
     for _ in zip_longest(*writers):
-        if unheard(request, records[0]):
+        if unheard(request, records[0], sent):
             return
-        due = time.perf_counter() - drawn > 0.5
-        if due:
-            drawn = time.perf_counter()
-        yield due
-    yield True
+        now = time.perf_counter()
+        draw = now - drawn >= DRAW_EVERY
+        color = draw and now - colored > 0.5
+        drawn, colored, sent = now if draw else drawn, now if color else colored, sent + draw
+        yield draw, color
+    yield True, True
 
 
 def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
@@ -695,8 +697,9 @@ def connect_panel(panel: Panel, models: Models, int8: gr.Checkbox, knobs: list):
         with errors_as_toasts():
             numbers["seed"] = clamp("seed", numbers["seed"]) or random.randrange(1, 2**31)  # one for all
             writers = [write(models, r, name, int8, prompt, **numbers) for r, name in zip(records, names)]
-            for due in together(request, records, writers):
-                yield panel.draw(records, with_tokens=due)
+            for draw, color in together(request, records, writers):
+                if draw:
+                    yield panel.draw(records, with_tokens=color)
 
     def stop(box):
         for record in box:
@@ -738,12 +741,15 @@ def connect_chat(models: Models, bots: list[gr.Chatbot], shown: list, sends: lis
             threads = [[*thread[:at], dict(role="user", content=question)] for thread in talk.threads]
             asked = zip(records, names, threads)
             writers = [write(models, r, name, int8, "", [*head, *thread], **numbers) for r, name, thread in asked]
-            for due in together(request, records, writers):
+            box = "" if old is None else gr.skip()  # emptied once: the next question may be typed in it meanwhile
+            for draw, color in together(request, records, writers):
                 if talk.records is not records:  # stopped or taken back, and the page has been drawn so
                     return
                 texts = records[0].text, records[-1].text  # the first model speaks for a second that may join later
                 talk.threads = [[*t, dict(role="assistant", content=text)] for t, text in zip(threads, texts)]
-                yield ["" if old is None else gr.skip(), *talk.draw(with_tokens=due)]
+                if draw:
+                    yield [box, *talk.draw(with_tokens=color)]
+                    box = gr.skip()
 
     def halt(talk):
         talk.end()
@@ -813,7 +819,7 @@ def add_api(models: Models):
         with errors_as_toasts():
             name = model or first(models.names()) or ""
             for _ in write(models, record, name, int8, prompt, messages, **numbers):
-                if unheard(request, record):
+                if unheard(request, record, len(record.tokens)):
                     return
                 yield record.text
             yield record.text

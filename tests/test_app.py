@@ -514,7 +514,8 @@ def assistant(text: str) -> dict:
 
 def page_events(demo, monkeypatch):
     """The Chat tab as its page calls it: an empty Talk, and send(talk, text, data, **inputs) -> what is drawn."""
-    monkeypatch.setattr(app, "unheard", lambda request, record: False)
+    monkeypatch.setattr(app, "unheard", lambda request, record, sent: False)
+    monkeypatch.setattr(app, "DRAW_EVERY", 0)  # at every token, however fast they come
     named = {f.fn.__name__: f.fn for f in demo.fns.values() if f.fn}
     numbers = DEFAULTS | dict(temperature=0.0, max_new_tokens=12)
 
@@ -574,7 +575,8 @@ def test_a_conversation_goes_on_and_can_be_changed(chats, talking, monkeypatch):
     """Two turns, one again, the first edited, the last taken back, and all of it cleared."""
     talk, send, named = page_events(talking[1], monkeypatch)
     drawn = send(talk, "One?")
-    assert [values[0] for values in drawn] == [""] * len(drawn)  # the box is emptied
+    # the box is emptied once, and left alone after: the next question may be typed in it by then
+    assert [values[0] for values in drawn] == ["", *[gr.skip()] * (len(drawn) - 1)]
     assert len({values[1][1]["content"]["text"] for values in drawn}) > 3  # it streams
     assert drawn[-1][3].count("data-t=") == len(talk.records[0].tokens) > 3  # See inside
     send(talk, "Two?")
@@ -592,6 +594,17 @@ def test_a_conversation_goes_on_and_can_be_changed(chats, talking, monkeypatch):
     send(talk, "", dict(index=0, value="Four?", previous_value="One?"))
     assert talk.threads[0] == said("out/c", "Four?")
     assert named["begin_anew"](talk)[:3] == app.Talk().draw()[:3] and talk == app.Talk()
+
+
+def test_a_fast_model_does_not_flood_the_page(talking, monkeypatch):
+    """A browser that draws slower than the model writes falls behind, and still draws when the answer has ended: the
+    first token is drawn at once, the rest when it is time, and what was not drawn is there at the end."""
+    talk, send, _ = page_events(talking[1], monkeypatch)
+    often = send(talk, "One?")
+    monkeypatch.setattr(app, "DRAW_EVERY", 1000)
+    first, last = send(talk, "", dict(index=0, value="x"))  # the same again
+    assert len(often) > 5
+    assert first[1] == often[0][1] != last[1] == often[-1][1]
 
 
 def test_wrong_events_get_a_message(talking, monkeypatch):

@@ -70,7 +70,7 @@ def visit(browser, url):
     def visit(width=1180, height=860, scheme="light", address=url):
         contexts.append(browser.new_context(viewport=dict(width=width, height=height), color_scheme=scheme))
         page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)  # ms; beside the other tests everything takes ten times as long
         visit.watched = Watched(page)
         page.goto(address)
         page.locator("#prompt textarea, #say textarea").first.wait_for()
@@ -169,6 +169,15 @@ def test_text_streams(visit, slow):
     assert not counted.ended.is_set(), "it was shown only when it was whole"
     page.get_by_role("button", name="Stop").first.click()
     finished(page)
+
+
+def test_a_text_that_is_read_is_never_given_up(visit, slow, monkeypatch):
+    """A large model's first token alone can take longer than the patience with those who do not read."""
+    monkeypatch.setattr(app, "PATIENCE", 0.01)
+    slow(0.02)
+    page = visit()
+    send(page)
+    finished(page, "stopped: it reached the length")
 
 
 def test_stop_ends_the_computation_within_two_tokens(visit, slow):
@@ -280,14 +289,24 @@ def chat_url(chats):
         yield url
 
 
+def press(page, button, happened, arg=None):
+    """button(), and again until it has happened: the page ignores it while the end of an answer is on its way."""
+    for _ in range(100):
+        button()
+        try:
+            return page.wait_for_function(happened, arg=arg, timeout=500)
+        except sync_api.TimeoutError:
+            pass
+    raise AssertionError(f"pressed 100 times, and still not: {happened}")
+
+
 def say(page, text, answers=1):
     """Send a message and wait until each of the models has answered."""
-    send(page, text, "#say")
-    page.wait_for_function(
-        "([text, n]) => document.querySelector('.talk').innerText.includes(text)"
-        " && document.body.innerText.split('stopped: ').length > n",
-        arg=[text.split("\n")[0], answers],
-    )
+    box = page.locator("#say textarea")
+    box.fill(text)
+    press(page, lambda: box.press("Enter"), "document.querySelector('#say textarea').value === ''")
+    page.wait_for_function("text => document.querySelector('.talk').innerText.includes(text)", arg=text.split("\n")[0])
+    finished(page, count=answers)
 
 
 def messages(page, bot=0):
@@ -314,14 +333,17 @@ def test_chat(visit, chat_url):
     say(page, "And then?")
     assert len(messages(page)) == 4
     before = page.locator(".facts").first.inner_text()
-    page.locator("button[title=Retry]").click()
-    page.wait_for_function("f => ![f, ''].includes(document.querySelector('.facts').innerText)", arg=before)
+    changed = "f => ![f, ''].includes(document.querySelector('.facts').innerText)"
+    press(page, page.locator("button[title=Retry]").click, changed, before)
     finished(page)
     assert [messages(page)[i] for i in (0, 1, 2)] == [*said, "And then?"]
-    page.locator("button[title=Edit]").first.click()
-    page.locator(".talk textarea").fill("Is 1 < 2?")
-    page.locator("button[title=Submit]").click()
-    page.wait_for_function("document.querySelectorAll('.talk .message .md').length == 2")
+
+    def edit():
+        page.locator("button[title=Edit]").first.click()
+        page.locator(".talk textarea").fill("Is 1 < 2?")
+        page.locator("button[title=Submit]").click()
+
+    press(page, edit, "document.querySelectorAll('.talk .message .md').length == 2")
     finished(page)
     assert len(messages(page)) == 2 and messages(page)[0] == "Is 1 < 2?"
     page.locator("button[title=Undo]").click()
@@ -350,6 +372,25 @@ def test_chat_streams_and_stops(visit, chat_url, slow):
     assert counted.ended.wait(3), "the generator was never closed"
     assert counted.tokens <= at + 2
     assert messages(page)[0] == "Hello" and len(messages(page)) == 2
+
+
+def test_typing_while_an_answer_comes(visit, chat_url, slow):
+    """The next question is often typed before the answer ends: no token may wipe it, and Enter must not lose it."""
+    counted = slow(0.1)
+    page = visit(address=chat_url)
+    say_box = page.locator("#say textarea")
+    send(page, "Hello", "#say")
+    wait_for_messages(page, 2)
+    say_box.fill("And you?")
+    wait_to_change(page, ".talk .message .md")
+    say_box.press("Enter")  # too early
+    wait_to_change(page, ".talk .message .md")
+    assert say_box.input_value() == "And you?"
+    page.get_by_role("button", name="Stop").first.click()
+    finished(page)
+    counted.pause = 0
+    say(page, "And you?")
+    assert [messages(page)[i] for i in (0, 2)] == ["Hello", "And you?"] and len(messages(page)) == 4
 
 
 def test_chat_beside(visit, chat_url):
