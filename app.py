@@ -276,10 +276,11 @@ def recorded(steps, record: Record, tokenizer, eos_ids):
 
 
 def unheard(request: gr.Request, record: Record, sent: int) -> bool:
-    """Whether PATIENCE seconds have gone into a text and the `sent` messages about it still lie in gradio's queue.
+    """Whether PATIENCE seconds have gone into a text, and the message that it has begun and the `sent` with its tokens
+    all lie in gradio's queue still.
     A client that has begun to read and goes away needs no such look: gradio closes the iterator."""
     unread = request.request.app.get_blocks()._queue.pending_messages_per_session.get(request.session_hash)
-    return sum(record.seconds) > PATIENCE and unread is not None and unread.qsize() >= max(1, sent)
+    return sum(record.seconds) > PATIENCE and unread is not None and unread.qsize() > sent
 
 
 @contextmanager
@@ -673,14 +674,24 @@ def together(request: gr.Request, records: list[Record], writers: list):
     """A token of each writer in turn, until nobody listens. Yields whether the text is to be drawn now, and whether the
     coloured view, which is large, with it."""
     drawn, colored, sent = -DRAW_EVERY, time.perf_counter(), 0
-    for _ in zip_longest(*writers):
-        if unheard(request, records[0], sent):
-            return
-        now = time.perf_counter()
-        draw = now - drawn >= DRAW_EVERY
-        color = draw and now - colored > 0.5
-        drawn, colored, sent = now if draw else drawn, now if color else colored, sent + draw
-        yield draw, color
+    try:
+        for _ in zip_longest(*writers):
+            if unheard(request, records[0], sent):
+                return
+            now = time.perf_counter()
+            draw = now - drawn >= DRAW_EVERY
+            color = draw and now - colored > 0.5
+            if draw:
+                drawn, sent = now, sent + 1
+            if color:
+                colored = now
+            yield draw, color
+    except (UserError, OSError):
+        if sent:  # show all that there is, beside the message
+            for record in records:
+                record.why = record.why or "an error"
+            yield True, True
+        raise
     yield True, True
 
 
@@ -741,7 +752,8 @@ def connect_chat(models: Models, bots: list[gr.Chatbot], shown: list, sends: lis
             threads = [[*thread[:at], dict(role="user", content=question)] for thread in talk.threads]
             asked = zip(records, names, threads)
             writers = [write(models, r, name, int8, "", [*head, *thread], **numbers) for r, name, thread in asked]
-            box = "" if old is None else gr.skip()  # emptied once: the next question may be typed in it meanwhile
+            # emptied once, with the first token: from then on the next question may be typed in it
+            box = "" if old is None else gr.skip()
             for draw, color in together(request, records, writers):
                 if talk.records is not records:  # stopped or taken back, and the page has been drawn so
                     return
@@ -819,7 +831,7 @@ def add_api(models: Models):
         with errors_as_toasts():
             name = model or first(models.names()) or ""
             for _ in write(models, record, name, int8, prompt, messages, **numbers):
-                if unheard(request, record, len(record.tokens)):
+                if unheard(request, record, len(record.tokens) - 1):
                     return
                 yield record.text
             yield record.text

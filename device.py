@@ -158,7 +158,8 @@ class Replay:
     compute(*inputs) must have run before, since what is set up at a first call cannot be recorded. It returns a tensor,
     which the next replay overwrites, and may add to others, such as gradients: those stay where they were at the
     recording, so zero them and do not replace them. What it draws at random, a replay draws from the generator's seed
-    of that moment. RuntimeError where it cannot be recorded; then this process should compute nothing more.
+    of that moment. RuntimeError where it cannot be recorded; unless memory was the reason, this process should
+    compute nothing more.
     """
 
     def __init__(self, compute, *inputs: torch.Tensor):

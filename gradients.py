@@ -35,9 +35,7 @@ def forward_backward(run, batch: range, last: bool) -> torch.Tensor:
     that the step learns."""
     rows = run.rows.batch(batch, run.device)
     seed_dropout(run, batch.start)
-    if (
-        run.replay and len(batch) == run.micro
-    ):  # recorded for a whole micro-batch of text, whose share is always the same
+    if run.replay and len(batch) == run.micro:  # a whole micro-batch of text, as recorded: its share is always the same
         return run.replay(*rows)
     # the loss of a step is a mean over what it learns; DDP divides by the number of processes
     first = run.p.step * run.s.global_batch_size
@@ -154,11 +152,11 @@ def record(run):
             reason = "it has other gradients"
         with run.autocast():  # check_sound() does this while the graph keeps its memory: both must fit
             torch.autograd.grad(run.model(*rows, loss_only=True)[1], params)
-    except torch.OutOfMemoryError:
-        reason = "there is not enough memory for it"
     except RuntimeError as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no CUDA graph could be recorded ({text}). Train without: --compile=off") from None
+        if not out_of_memory(error):
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"no CUDA graph could be recorded ({text}). Train without: --compile=off") from None
+        reason = "there is not enough memory for it"
     if reason:
         run.replay = None
     run.optimizer.zero_grad(set_to_none=run.replay is None)
@@ -168,13 +166,18 @@ def record(run):
     run.say(f"replay   on: Python takes {launching:.0%} of a micro-batch's time to start its kernels")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Also where a library has its own words for it."""
+    phrases = "out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
+
+
 def recover(run, error: Exception):
     """Halve the micro-batch after running out of memory; go on without compiling where it was not asked for. Any other
     error is raised again, and so is every error of one process among several."""
     s = run.s
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    phrases = "out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"
-    memory = isinstance(error, torch.OutOfMemoryError) or any(phrase in text for phrase in phrases)
+    memory = out_of_memory(error)
     if memory and run.micro > 1 and run.world == 1:
         run.micro //= 2
         run.say(f"!! out of memory: micro-batch {run.micro} from here on, still {s.global_batch_size} rows a step")

@@ -18,7 +18,7 @@ WIDEN_FROM = 64  # from this many tokens on, layers run in fp32 where its produc
 # tokens whose logits are held at once. On a CPU 512 are no faster, and take 50 MB more at a vocabulary of 49,152; on a
 # GPU, where 512 were slower than 4,096, 2,048 take a gigabyte there
 LOSS_ROWS = {"cpu": 256, "cuda": 2048}
-OTHER_LOSS_ROWS = 512
+OTHER_LOSS_ROWS = 512  # as on a GPU before it was measured there
 SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CPU: 6 MB at a vocabulary of 49,152
 
 

@@ -153,7 +153,8 @@ class Run:
         self.resumed = goes_on(s)
         self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
         self.kept_loss, self.kept_step = math.inf, -1  # of the model that out_dir holds
-        self.sound, self.replay = -1, None  # the step that check_sound() found sound; the CUDA graph of record()
+        self.sound = -1  # the step that check_sound() found sound
+        self.replay = None  # the CUDA graph of record()
         self.steady = True  # a wsd schedule's decay is still to come, so stable.pt is to be written there
         if self.resumed:
             state = resume(self)

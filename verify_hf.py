@@ -209,9 +209,8 @@ def fast_path(model) -> str:
 
 
 def decoded_logits(model, ids):
-    """Logits of ids (1, T), token by token through decode.c, unchecked: the table shows by how much it differs. On a
-    GPU through the CUDA graph."""
-    decoder = GpuDecoder(model) if model.device.type == "cuda" else Decoder(model, check=False)
+    """Logits of ids (1, T), token by token through fast_path(), unchecked: the table shows by how much it differs."""
+    decoder = (GpuDecoder if model.device.type == "cuda" else Decoder)(model, check=False)
     cache = KVCache(model.config, 1, model.device, model.dtype)
     return torch.stack([decoder([i], cache, position) for position, i in enumerate(ids[0].tolist())], dim=1)
 
@@ -430,7 +429,7 @@ def greedy(hf, model, ids) -> Iterator[Row]:
         cells = len(prompts) * count
         try:
             found = torch.stack(list(generate(model, prompts, count, temperature=0, stop_ids=[])), dim=1)
-        except UserError as error:  # decode.c and model.py disagree on the first token
+        except UserError as error:  # the fast path and model.py disagree on a first token
             yield Row(name, (cells, 0), False, str(error))
             continue
         same = int((theirs[: len(prompts)] == found).sum()) if len(found.T) == count else 0

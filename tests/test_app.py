@@ -8,7 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+from html import unescape
+from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script
@@ -597,14 +600,39 @@ def test_a_conversation_goes_on_and_can_be_changed(chats, talking, monkeypatch):
 
 
 def test_a_fast_model_does_not_flood_the_page(talking, monkeypatch):
-    """A browser that draws slower than the model writes falls behind, and still draws when the answer has ended: the
-    first token is drawn at once, the rest when it is time, and what was not drawn is there at the end."""
+    """A browser that gets every token of a fast model falls behind it. The first token is drawn at once, the others
+    when it is time, and what was not drawn is there at the end."""
     talk, send, _ = page_events(talking[1], monkeypatch)
     often = send(talk, "One?")
     monkeypatch.setattr(app, "DRAW_EVERY", 1000)
     first, last = send(talk, "", dict(index=0, value="x"))  # the same again
     assert len(often) > 5
     assert first[1] == often[0][1] != last[1] == often[-1][1]
+    clock = count()  # each look at it is a second later
+    monkeypatch.setattr(app, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(app, "DRAW_EVERY", 5)  # two tokens: three looks at each
+    assert len(send(talk, "", dict(index=0, value="x"))) in range(3, len(often) - 1)
+
+
+def test_an_error_in_the_middle_leaves_what_there_was(talking, monkeypatch):
+    """Beside the message the page shows all tokens until then, drawn or not, and no caret that waits for more."""
+
+    def generate_three(model, ids, **settings):
+        yield from islice(generate(model, ids, **settings), 3)
+        raise UserError("the logits are not finite.")
+
+    monkeypatch.setattr(app, "generate", generate_three)
+    _, demo, _ = talking
+    page_events(demo, monkeypatch)
+    monkeypatch.setattr(app, "DRAW_EVERY", 1000)
+    write_all = next(f.fn for f in demo.fns.values() if f.fn and f.fn.__name__ == "write_all")
+    box, drawn = [], []
+    with pytest.raises(gr.Error, match="not finite"):
+        for values in write_all(None, box, False, "MARA:", "out/c", *DEFAULTS.values()):
+            drawn.append(values)
+    assert len(drawn) == 2 and len(box[0].tokens) == 3
+    assert "caret" in drawn[0][0] and "caret" not in drawn[1][0] and box[0].text in unescape(drawn[1][0])
+    assert "3 tokens" in drawn[1][1] and "stopped: an error" in drawn[1][1]
 
 
 def test_wrong_events_get_a_message(talking, monkeypatch):

@@ -222,6 +222,15 @@ def test_generate_takes_it_and_says_the_same(hf_directory, monkeypatch):
     assert not calls
 
 
+def test_logits_of_which_only_one_is_finite_are_no_agreement():
+    """In units of the spread. Where neither is finite, sampling has a message; where one is, something is wrong."""
+    plain = torch.tensor([[-1.0, 0.0, 1.0]])
+    assert decode.difference(plain, plain) == 0 and decode.difference(1.5 * plain, plain) == pytest.approx(0.5)
+    nan = plain * math.nan
+    assert decode.difference(nan, nan) == 0
+    assert not decode.difference(nan, plain) < 1 and not decode.difference(plain, nan) < 1
+
+
 def test_a_changed_model_is_noticed(hf_directory):
     """Whoever changes the forward pass in model.py must not be answered by the old one in decode.c."""
     model, _ = sample.load(hf_directory)

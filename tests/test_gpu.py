@@ -218,7 +218,7 @@ def test_recorded_text_is_the_same(device, monkeypatch, rows, kind):
     assert torch.equal(*texts) and used == [rows] and texts[0].shape == (150, rows)
 
 
-@pytest.mark.parametrize("fault", ["recording", "logits"])
+@pytest.mark.parametrize("fault", ["recording", "logits", "old token", "old position"])
 def test_a_text_that_cannot_be_recorded_is_refused(device, monkeypatch, fault):
     """Not answered by something else: the message names the way without."""
 
@@ -226,7 +226,13 @@ def test_a_text_that_cannot_be_recorded_is_refused(device, monkeypatch, fault):
         def __init__(self, compute, *inputs):
             if fault == "recording":
                 raise RuntimeError("operation not permitted when stream is capturing")
-            super().__init__(lambda new, at: compute(new, at).flip(-1), *inputs)
+            token, place = (tensor.clone() for tensor in inputs)
+            wrong = {
+                "logits": lambda new, at: compute(new, at).flip(-1),
+                "old token": lambda new, at: compute(token, at),
+                "old position": lambda new, at: compute(new, place),
+            }
+            super().__init__(wrong[fault], *inputs)
 
     monkeypatch.setattr(decode, "Replay", Faulty)
     model = tiny().to(device)
