@@ -686,7 +686,7 @@ def together(request: gr.Request, records: list[Record], writers: list):
             if color:
                 colored = now
             yield draw, color
-    except (UserError, OSError):
+    except Exception:
         if sent:  # show all that there is, beside the message
             for record in records:
                 record.why = record.why or "an error"

@@ -245,12 +245,9 @@ def first_token(decoder: Decoder, tokens: list[int], cache: KVCache, position: i
     logits = decoder.step(tokens, position)  # second, so that the cache holds decode.c's keys and values from here on
     error, allowed = difference(logits, plain[:, -1]), ROUNDING[model.embed_tokens.weight.dtype]
     if not error <= allowed:  # NaN, too
-        by = f"their logits differ by {error:.1%} of their spread, expected below {allowed:.1%}"
-        if not math.isfinite(error):
-            by = "the logits of one are finite, those of the other are not finite (damaged weights?)"
         raise UserError(
-            f"decode.c and model.py disagree: {by}. Was one changed and not the other? Bring decode.c up to date, or "
-            f"go without it: {WITHOUT}."
+            f"decode.c and model.py disagree: {by_how_much(error, allowed)}. Was one changed and not the other? Bring "
+            f"decode.c up to date, or go without it: {WITHOUT}."
         )
     checked.add(model)
     return logits
@@ -263,6 +260,12 @@ def difference(logits, plain) -> float:
     if error <= 1e-6 or not (math.isfinite(spread) or logits.isfinite().all()):
         return 0.0
     return error / (spread + 1e-30) if math.isfinite(spread) else math.inf
+
+
+def by_how_much(error: float, allowed: float) -> str:
+    if not math.isfinite(error):
+        return "the logits of one are finite, those of the other are not finite (damaged weights?)"
+    return f"their logits differ by {error:.1%} of their spread, expected below {allowed:.1%}"
 
 
 class GpuDecoder:
@@ -298,11 +301,11 @@ class GpuDecoder:
             raise UserError(
                 f"no CUDA graph could be recorded ({reason}). Go without one: --device=cpu, or {WITHOUT}."
             ) from None
-        error = difference(self.replay(new, at), plain)
-        if self.check and not error <= 0.05:  # the same kernels, some of which may add in another order
+        error, allowed = difference(self.replay(new, at), plain), 0.05  # the same kernels, perhaps in another order
+        if self.check and not error <= allowed:
             raise UserError(
-                f"the CUDA graph's logits are off by {error:.1%} of their spread. Go without one: --device=cpu, or "
-                f"{WITHOUT}."
+                f"the CUDA graph and model.py disagree: {by_how_much(error, allowed)}. Go without the graph: "
+                f"--device=cpu, or {WITHOUT}."
             )
 
 

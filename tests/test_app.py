@@ -614,20 +614,21 @@ def test_a_fast_model_does_not_flood_the_page(talking, monkeypatch):
     assert len(send(talk, "", dict(index=0, value="x"))) in range(3, len(often) - 1)
 
 
-def test_an_error_in_the_middle_leaves_what_there_was(talking, monkeypatch):
+@pytest.mark.parametrize("error, shown", [(UserError, gr.Error), (torch.OutOfMemoryError, torch.OutOfMemoryError)])
+def test_an_error_in_the_middle_leaves_what_there_was(talking, monkeypatch, error, shown):
     """Beside the message the page shows all tokens until then, drawn or not, and no caret that waits for more."""
 
     def generate_three(model, ids, **settings):
-        yield from islice(generate(model, ids, **settings), 3)
-        raise UserError("the logits are not finite.")
+        yield from islice(generate(model, ids, **settings | dict(stop_ids=[])), 3)
+        raise error("not finite")
 
     monkeypatch.setattr(app, "generate", generate_three)
-    _, demo, _ = talking
+    demo = talking[1]
     page_events(demo, monkeypatch)
     monkeypatch.setattr(app, "DRAW_EVERY", 1000)
     write_all = next(f.fn for f in demo.fns.values() if f.fn and f.fn.__name__ == "write_all")
     box, drawn = [], []
-    with pytest.raises(gr.Error, match="not finite"):
+    with pytest.raises(shown, match="not finite"):
         for values in write_all(None, box, False, "MARA:", "out/c", *DEFAULTS.values()):
             drawn.append(values)
     assert len(drawn) == 2 and len(box[0].tokens) == 3

@@ -172,11 +172,14 @@ def test_text_streams(visit, slow):
 
 
 def test_a_text_that_is_read_is_never_given_up(visit, slow, monkeypatch):
-    """A large model's first token alone can take longer than the patience with those who do not read."""
-    monkeypatch.setattr(app, "PATIENCE", 0.01)
-    slow(0.02)
+    """A large model's first token alone can take longer than the patience with those who do not read; the tokens after
+    it may then be made faster than the page fetches them."""
+    monkeypatch.setattr(app, "PATIENCE", 1)
+    counted = slow(5)
     page = visit()
     send(page)
+    counted.wait_for(1)
+    counted.pause = 0
     finished(page, "stopped: it reached the length")
 
 
@@ -375,7 +378,7 @@ def test_chat_streams_and_stops(visit, chat_url, slow):
 
 
 def test_typing_while_an_answer_comes(visit, chat_url, slow):
-    """The next question is often typed before the answer ends: no token may wipe it, and Enter must not lose it."""
+    """The next question is often typed while the answer is written: no token may wipe it, nor Enter lose it."""
     counted = slow(0.1)
     page = visit(address=chat_url)
     say_box = page.locator("#say textarea")

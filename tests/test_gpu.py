@@ -119,7 +119,7 @@ def test_stopped_and_resumed_a_replayed_run_is_the_same(device, monkeypatch, cap
     assert not near(device, whole, other), "negative control: another seed is another run"
 
 
-@pytest.mark.parametrize("fault", ["memory", "memory beside it", "gradients", "old rows"])
+@pytest.mark.parametrize("fault", ["memory", "memory of cuBLAS", "memory beside it", "gradients", "old rows"])
 def test_a_replay_that_fails_is_gone_without(device, monkeypatch, capsys, fault):
     """Where its memory is too small, alone or with what is computed beside it, or its gradients are other ones, those
     of the rows that it was recorded with included, the run is that without it."""
@@ -132,6 +132,8 @@ def test_a_replay_that_fails_is_gone_without(device, monkeypatch, capsys, fault)
         def __init__(self, compute, *inputs):
             if fault == "memory":
                 too_much()
+            if fault == "memory of cuBLAS":
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
             if fault == "memory beside it":
                 monkeypatch.setattr(torch.autograd, "grad", too_much)
             swap = (lambda row: row.flip(-1)) if fault == "gradients" else lambda row: row
@@ -226,7 +228,7 @@ def test_a_text_that_cannot_be_recorded_is_refused(device, monkeypatch, fault):
         def __init__(self, compute, *inputs):
             if fault == "recording":
                 raise RuntimeError("operation not permitted when stream is capturing")
-            token, place = (tensor.clone() for tensor in inputs)
+            self.kept = token, place = [tensor.clone() for tensor in inputs]
             wrong = {
                 "logits": lambda new, at: compute(new, at).flip(-1),
                 "old token": lambda new, at: compute(token, at),
