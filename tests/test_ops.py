@@ -14,7 +14,8 @@ from quantize import quantize
 @pytest.mark.parametrize("rows", [1, 7, 512])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_in_pieces_is_the_loss(rows, tied, monkeypatch):
-    """Value and every gradient equal the plain way's, with ignored targets, whatever the size of the pieces."""
+    """Value and every gradient equal the plain way's up to rounding, with ignored targets, whatever the size of the
+    pieces. A processor may add in any order, so a few units in the last place of the value are allowed."""
     model = tiny(tie_word_embeddings=tied)
     ids, targets = torch.randint(0, 512, (2, 30)), torch.randint(0, 512, (2, 30))
     targets[0, :11] = -100
@@ -25,13 +26,14 @@ def test_the_loss_in_pieces_is_the_loss(rows, tied, monkeypatch):
     monkeypatch.setitem(ops.LOSS_ROWS, "cpu", rows)
     none, pieces = model(ids, targets, loss_only=True)
     (3 * pieces).backward()  # a factor, as accumulation and loss scaling apply one
-    assert none is None and pieces.dtype == torch.float32 and abs(float(plain - pieces)) < 1e-6
+    rounding = 8 * torch.finfo(torch.float32).eps
+    assert none is None and pieces.dtype == torch.float32 and abs(float(plain - pieces)) <= rounding * float(plain)
     for p, g in zip(model.parameters(), expected):
-        assert (p.grad / 3 - g).abs().max() < 1e-6
+        assert (p.grad / 3 - g).abs().max() <= rounding * max(1, float(g.abs().max()))
     with torch.no_grad():
-        assert abs(float(model(ids, targets, loss_only=True)[1] - plain)) < 1e-6
+        assert abs(float(model(ids, targets, loss_only=True)[1] - plain)) <= rounding * float(plain)
     targets[0, 11] = (targets[0, 11] + 1) % 512  # negative control: one target
-    assert abs(float(model(ids, targets, loss_only=True)[1] - plain)) > 1e-4
+    assert abs(float(model(ids, targets, loss_only=True)[1] - plain)) > 10 * rounding * float(plain)
 
 
 def test_the_loss_in_pieces_under_autocast_is_a_fp32_loss():
@@ -95,7 +97,7 @@ def test_swiglu_is_silu_of_the_gate_times_up():
     ):
         assert torch.equal(ours, theirs)
     with torch.no_grad():
-        assert (ops.swiglu(gate.clone(), up) - expected).abs().max() < 1e-6
+        assert torch.allclose(ops.swiglu(gate.clone(), up), expected, rtol=1e-6, atol=1e-6)
         assert (ops.swiglu(up.clone(), gate) - expected).abs().max() > 0.1, "negative control: the roles are not alike"
 
 
