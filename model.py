@@ -382,12 +382,13 @@ class SmolLM2(nn.Module):
                 counted = targets != -100
                 x, targets = x[counted][None], targets[counted][None]
             weight = (self.lm_head or self.embed_tokens).weight
-            return None, ops.cross_entropy_in_pieces(x, weight, targets)
+            if weight.is_floating_point():  # int8 weights need their scales, so they go through head()
+                return None, ops.cross_entropy_in_pieces(x, weight, targets)
         logits = self.head(x[:, -logits_to_keep:])  # x[:, -0:] is all of x
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # ignore_index is -100
-        return logits, loss
+        return None if loss_only else logits, loss
 
     @staticmethod
     def walls(documents, x):  # (B, T), and x for its dtype -> (B, 1, T, T), one for all layers: 0 where seen, else -inf

@@ -50,6 +50,23 @@ def test_int8_model_is_near_in_one_pass_and_token_by_token(tied):
     assert (many - exact).abs().mean() < 0.05 * scale and (few - many[:, :3]).abs().max() < 0.1 * scale
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_alone_of_an_int8_model_is_that_of_its_logits(tied):
+    """The int8 numbers without their scales would give a loss of thousands; in evaluate.py, too. Negative control:
+    one other target is seen."""
+    model = quantize(tiny(tie_word_embeddings=tied))
+    ids, targets = torch.randint(0, 512, (2, 30)), torch.randint(0, 512, (2, 30))
+    targets[0, :11] = -100
+    with torch.no_grad():
+        loss = float(model(ids, targets)[1])
+        none, alone = model(ids, targets, loss_only=True)
+        assert none is None and abs(float(alone) - loss) <= 1e-6 * loss
+        documents = torch.zeros_like(ids)
+        assert abs(float(model(ids, targets, documents=documents, loss_only=True)[1]) - loss) <= 1e-2 * loss
+        targets[0, 11] = (targets[0, 11] + 1) % 512
+        assert abs(float(model(ids, targets, loss_only=True)[1]) - loss) > 1e-4 * loss
+
+
 def test_a_tied_int8_head_shares_the_numbers_of_the_embedding():
     """One matrix in memory and one parameter in the count; an untied head has a matrix of its own."""
     model = quantize(tiny(tie_word_embeddings=True))
