@@ -225,10 +225,16 @@ def read_jsonl(file: Path, sha256, chat: bool) -> Iterator[str]:
 
 
 def holds_conversations(files: list[Path]) -> bool:
-    """Whether the first line of the first .jsonl file is a conversation."""
+    """Whether the first line of the first .jsonl file is a conversation, by its keys."""
     lines = (line for file in files if file.suffix.lower() == ".jsonl" for line in read_lines(file, None))
     line = next((line for line in lines if line.strip()), "")
-    return any(f'"{key}"' in line for key in ("messages", "conversations", "completion")) and '"text"' not in line
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # read_jsonl() names the line
+        return False
+    return (
+        isinstance(row, dict) and "text" not in row and bool(row.keys() & {"messages", "conversations", "completion"})
+    )
 
 
 def read_text(file: Path, sha256) -> Iterator[str]:

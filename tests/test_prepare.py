@@ -312,6 +312,35 @@ def test_bad_jsonl_names_its_line(here):
             make('{"text": "fine"}\n' + bad + "\n", file="d.jsonl")
 
 
+CHAT = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A ferrywoman."}]
+
+
+@pytest.mark.parametrize("extra", [{"modality": "text"}, {"tags": [{"text": "x"}]}, {}])
+def test_conversations_are_known_by_their_keys(here, extra):
+    """The word "text" in a value, or in a key inside one, makes no document of a conversation."""
+    rows = [{"messages": [CHAT[0] | {"content": f"Question {i}?"}, CHAT[1]]} | extra for i in range(20)]
+    (here / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_script("prepare.py", "--input=d.jsonl", "--dataset=d", "--vocab_size=300", cwd=here)
+    assert done.returncode == 0 and "20 conversations" in done.stdout, done.stderr
+
+
+def test_a_document_that_mentions_messages_is_a_document(here):
+    """Negative control of the test above: a key called "text" makes a row a document."""
+    (here / "d.jsonl").write_text(
+        "".join(json.dumps({"text": f'Row {i}: "messages"', "id": i}) + "\n" for i in range(9))
+    )
+    done = run_script("prepare.py", "--input=d.jsonl", "--dataset=d", "--vocab_size=300", cwd=here)
+    assert done.returncode == 0 and "9 documents" in done.stdout, done.stderr
+
+
+def test_a_part_of_a_message_that_is_no_text_is_named(here):
+    """Content in parts, as OpenAI writes it, is refused as a conversation, not as a document without "text"."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Who are you?"}]}, CHAT[1]]
+    (here / "d.jsonl").write_text(json.dumps({"messages": parts}) + "\n")
+    done = run_script("prepare.py", "--input=d.jsonl", "--dataset=d", "--vocab_size=300", cwd=here)
+    assert done.returncode == 1 and "line 1: message 1 is not an object with a role and a content" in done.stderr
+
+
 def test_a_full_disk_leaves_the_old_data(here, monkeypatch):
     """The error comes in the middle of the write; nothing of the old may be gone, nothing of the new may stay."""
     make(TEXT)
