@@ -12,35 +12,12 @@ Shapes: B batch, T time (block_size), N rows.
 """
 
 import math
-import os
-import shlex
 from pathlib import Path
 
 from config import UserError
 
 import numpy as np
 import torch
-
-import prepare
-
-
-def find_data(data: prepare.Settings) -> tuple[Path, dict]:
-    """The folder of a prepared data set and its meta.json. UserError where it was made from another input, or with
-    another tokenizer or vocabulary, than `data` asks for."""
-    folder, meta = prepare.DATA / data.dataset, prepare.read_meta(data.dataset)
-    asked = dict(dataset=data.dataset, input=data.input or meta.get("input") or "FILE", tokenizer=data.tokenizer)
-    asked |= {"vocab_size": data.vocab_size} if data.tokenizer == "bpe" else {}
-    made = dict(tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size_asked"])
-    if data.input and (meta.get("input") or prepare.text_changed(data, meta)):
-        made["input"] = meta.get("input") or meta["source"]
-    for key in made.keys() & asked.keys():
-        if os.path.abspath(str(asked[key])) != os.path.abspath(str(made[key])):  # as paths: "a" is "./a"
-            command = shlex.join(["python", "prepare.py", *(f"--{name}={value}" for name, value in asked.items())])
-            raise UserError(
-                f"{folder} was prepared with {key}={made[key]}, asked is {asked[key]}. Use another --dataset, or "
-                f"prepare it anew: {command}"
-            )
-    return folder, meta
 
 
 class Rows:

@@ -31,7 +31,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -53,7 +53,7 @@ SPECIAL = [END, "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
 
 @dataclass
 class Settings:
-    input: str = ""  # file, folder or glob; "shakespeare" is Tiny Shakespeare; empty: data/DATASET/input.txt
+    input: str = ""  # file, folder or glob; shakespeare downloads Tiny Shakespeare; empty: data/DATASET/input.txt
     dataset: str = "shakespeare"  # the result goes to data/DATASET/
     tokenizer: str = "bpe"  # bpe trains one; or a tokenizer.json, a directory or hub id that has one, or gpt2
     # the smallest vocabulary is the bytes and the special tokens, the largest what uint16 holds
@@ -80,23 +80,30 @@ PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
-PLAY = Path(__file__).parent / "data" / "shakespeare" / "play.txt"  # used where there is no network
+SHAKESPEARE = DATA / "shakespeare" / "input.txt"  # the download is kept here
+PLAY = Path(__file__).parent / "data" / "shakespeare" / "play.txt"  # used if there is no network
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # where the text comes from
 
 
+def input_path(name: str, dataset: str) -> Path:
+    """What a setting `input` stands for: itself, the download of Tiny Shakespeare, or if empty data/DATASET/input.txt,
+    which for the default data set is that download."""
+    return Path(name) if name not in ("", "shakespeare") else DATA / (name or dataset) / "input.txt"
+
+
 def find_input(s: Settings) -> list[Path]:
     """The files to read, each once, in a fixed order. Hidden files and folders, and folders behind links, are left out,
     but for those that --input spells out. UserError where there are none."""
-    path, own = Path(s.input), DATA / s.dataset / "input.txt"
-    if s.input in ("", "shakespeare"):
-        if not own.is_file() and s.input == "" and not s.dataset.startswith("shakespeare"):
-            raise UserError(f"nothing to prepare: give --input=FILE, a folder or a glob, or put the text at {own}.")
-        return [own if own.is_file() else shakespeare()]
+    path = input_path(s.input, s.dataset)
+    if path == SHAKESPEARE:
+        return [shakespeare()]
     if path.is_file():  # before the glob: a name may have brackets in it
         return [path]
+    if not s.input:
+        raise UserError(f"nothing to prepare: give --input=FILE, a folder or a glob, or put the text at {path}.")
     pattern = "**/*" if path.is_dir() else str(path.relative_to(path.anchor))
     pattern = re.sub(r"\*\*$", "**/*", re.sub(r"\*\*+(?=[^/*])|(?<=[^/*])\*\*+", "*", pattern))  # what glob.glob takes
     files = {}
@@ -112,7 +119,7 @@ def find_input(s: Settings) -> list[Path]:
 def shakespeare() -> Path:
     """data/shakespeare/input.txt, downloaded if it is not there. Without a network it prints a warning and returns the
     play that is part of this repository. UserError if the download is not Tiny Shakespeare."""
-    path = DATA / "shakespeare" / "input.txt"
+    path = SHAKESPEARE
     if path.is_file():
         return path
     try:
@@ -139,14 +146,13 @@ def shakespeare() -> Path:
     return path
 
 
-def text_changed(s: Settings, meta: dict) -> bool:
+def text_changed(dataset: str, meta: dict) -> bool:
     """Whether the input of a prepared data set is not what it was any more. One that has gone is no change."""
-    asked = Settings(input=s.input or meta.get("input", ""), dataset=s.dataset)
-    own = [DATA / name / "input.txt" for name in (s.dataset, "shakespeare")]
-    if asked.input in ("", "shakespeare") and not any(file.is_file() for file in own):
+    path = input_path(meta.get("input", ""), dataset)
+    if path == SHAKESPEARE and not path.is_file():
         return False  # the play, or a download that was deleted: none is made for this
     try:
-        files = find_input(asked)
+        files = find_input(Settings(input=str(path)))
         size, sha256 = sum(os.path.getsize(file) for file in files), hashlib.sha256()
         for file in files if size < COMPARED else ():
             sha256.update(file.read_bytes())
@@ -536,7 +542,9 @@ def prepare(s: Settings) -> dict:
     if Path(s.dataset).name != s.dataset or s.dataset in ("", ".", ".."):
         raise UserError(f"--dataset={s.dataset}: expected a plain name; the result goes to data/NAME/.")
     found = find_tokenizer(s.tokenizer) if s.tokenizer != "bpe" else None
-    source = scan(find_input(s))
+    source, before = scan(find_input(s)), None
+    with suppress(UserError):  # nothing there, or damaged
+        before = input_path(read_meta(s.dataset).get("input", ""), s.dataset)
     try:
         with exclusive(DATA / s.dataset, "being prepared"):
             meta = write_data(s, source, *(found or trained_tokenizer(source, s.vocab_size, s.val_fraction)))
@@ -548,6 +556,8 @@ def prepare(s: Settings) -> dict:
     train_tokens, val_tokens = meta["train_tokens"], meta["val_tokens"]
     kind = "conversation" if source.chat else "document"
     documents = f"1 {kind}" if source.documents == 1 else f"{source.documents:,} {kind}s"
+    if before and os.path.abspath(before) != os.path.abspath(input_path(s.input, s.dataset)):
+        say(f"data/{s.dataset}: the data set of {before} is replaced")
     say(
         f"data/{s.dataset}: {meta['source']}, {documents}, {source.bytes:,} bytes\n"
         f"  train {train_tokens:,} tokens, val {val_tokens:,} tokens, vocabulary {meta['vocab_size']:,}, "
@@ -704,7 +714,7 @@ def command(dataset: str, meta: dict) -> str:
 def read_meta(dataset: str) -> dict:
     """meta.json of data/DATASET. UserError if it is damaged, or the files beside it are not the ones it describes."""
     folder = DATA / dataset
-    again = f"Make it again with: python prepare.py --dataset={dataset}"
+    again = f"Make it again with: python prepare.py --input=TEXT --dataset={dataset}"
     with damage_named(folder / "meta.json", again):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         wrong = [k for k, kind in META.items() if type(meta.get(k)) is not kind or kind is int and meta[k] < 0]
@@ -726,6 +736,25 @@ def read_meta(dataset: str) -> dict:
     if not tokenizer.is_file() or file_sha256(tokenizer) != meta["tokenizer_sha256"]:
         raise UserError(f"{tokenizer} is not the one that the .bin files were made with. {again}")
     return meta
+
+
+def check_flags(s: Settings, given: set[str]):
+    """UserError if a flag asks for another data set than data/DATASET, as it was made. `given` names the settings that
+    are flags: what a recipe says of a data set serves to make one, and asks nothing of one that exists."""
+    meta = read_meta(s.dataset)
+    made = dict(
+        input=input_path(meta.get("input", ""), s.dataset), tokenizer=meta["tokenizer"], vocab_size=meta["vocab_size"],
+        val_fraction=meta.get("val_fraction", Settings.val_fraction),
+    )  # fmt: skip
+    asked = asdict(s) | dict(input=input_path(s.input, s.dataset))
+    if s.vocab_size == meta["vocab_size_asked"]:  # a short text, or a tokenizer that was taken, has another number
+        given = given - {"vocab_size"}
+    for key, value in made.items():
+        if key in given and os.path.abspath(str(asked[key])) != os.path.abspath(str(value)):  # as paths: "a" is "./a"
+            raise UserError(
+                f"data/{s.dataset} was made with {key}={value}, and --{key}={asked[key]} asks for another. Give that "
+                f"one a name of its own with --dataset, or leave --{key} out to use data/{s.dataset} as it is."
+            )
 
 
 def main():

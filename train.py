@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, guard, override, say
+from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, flags_in, guard, override, say
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import prepare
-from dataloader import Conversations, Rows, find_data, text_rows, to_device, validation_conversations, validation_rows
+from dataloader import Conversations, Rows, text_rows, to_device, validation_conversations, validation_rows
 from device import (
     DTYPES,
     compile_for_training,
@@ -124,7 +124,7 @@ class Run:
         self.out_dir = Path(s.out_dir)
 
         # the data
-        self.folder, self.meta = find_data(data)
+        self.folder, self.meta = prepare.DATA / data.dataset, prepare.read_meta(data.dataset)
         train, val, self.chat = self.folder / "train.bin", self.folder / "val.bin", "train_learnt" in self.meta
         vocab_size = self.meta["vocab_size"]
         if self.chat and s.token_noise:
@@ -215,6 +215,7 @@ def main():
     s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
     check_settings(s)
     prepare_data(s, data)
+    prepare.check_flags(data, flags_in(sys.argv[1:]))
     prepare_process()
     rank, world, device = join_processes(pick_device(s.device))
     try:
@@ -230,14 +231,12 @@ def main():
 
 
 def prepare_data(s: Settings, data: prepare.Settings):
-    """Prepare the data if they are not there, and settle data.tokenizer where it was not given. The first process of
-    each machine prepares, and the others look for its last file: processes that have joined already would give up
-    waiting for each other after some minutes."""
-    unnamed, source, of_default = data.tokenizer == "bpe", None, prepare.Settings().vocab_size
+    """Prepare the data if they are not there. The first process of each machine prepares, and the others look for its
+    last file: processes that have joined already would give up waiting for each other after some minutes."""
     if s.init_from not in ("auto", "resume", "scratch"):
         if not goes_on(s):  # else the model is not needed any more
-            source = checkpoint.find(s.init_from)
-        if unnamed:
+            checkpoint.find(s.init_from)
+        if data.tokenizer == "bpe":
             data.tokenizer = str(Path(s.init_from))  # no other fits the weights
     ready, several = prepare.DATA / data.dataset / "meta.json", "RANK" in os.environ
     if not ready.is_file() and (not several or os.environ.get("LOCAL_RANK", "0") == "0"):
@@ -248,12 +247,6 @@ def prepare_data(s: Settings, data: prepare.Settings):
                 raise
     while not ready.is_file():
         time.sleep(0.5)
-    if unnamed and (source or goes_on(s)):
-        meta, file = prepare.read_meta(data.dataset), source and source / "tokenizer.json"
-        # check_resume() knows if it is another; data for the model may have been made with its own, by another name
-        if source is None or file.is_file() and file_sha256(file) == meta["tokenizer_sha256"]:
-            data.tokenizer = meta["tokenizer"]
-            data.vocab_size = meta["vocab_size_asked"] if data.vocab_size == of_default else data.vocab_size
 
 
 def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: str) -> int:
@@ -575,8 +568,8 @@ def make_model(s: Settings, meta: dict, folder: Path, state: dict | None) -> tup
         model, _ = checkpoint.load(source_dir, dtype=torch.float32)  # whatever the file holds
         if file_sha256(source_dir / "tokenizer.json") != meta["tokenizer_sha256"]:
             raise UserError(
-                f"{folder} was made with another tokenizer than {s.init_from} has. Use another --dataset, or make it "
-                f"again: python prepare.py --dataset={folder.name} --tokenizer={s.init_from} (and --input)"
+                f"{folder} was made with another tokenizer than {s.init_from} has. Give another --dataset, with "
+                f"--input and --tokenizer={s.init_from}: train.py makes it."
             )
         new, has = asdict(Settings()), vars(model.config)  # what differs from the default was given: not to be ignored
         shape = [key for key in FIXED if key in has and getattr(s, key) not in (new[key], has[key])]
@@ -663,7 +656,7 @@ def warn_of_text(run: Run):
     anew = prepare.command(name, meta)
     if meta["source"] == prepare.PLAY.name and meta.get("input", "") in ("", "shakespeare"):
         run.say(f"!! this is the play, taken without a network. For Tiny Shakespeare: {anew} (and another --out_dir)")
-    if run.rank == 0 and prepare.text_changed(prepare.Settings(dataset=name), meta):
+    if run.rank == 0 and prepare.text_changed(name, meta):
         run.say(
             f"!! {run.folder} was made of the text as it was, its input has changed since, and this run takes the old "
             f"one. For the new one: {anew} (and another --out_dir, or delete {run.out_dir})"

@@ -125,6 +125,11 @@ def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str |
     return [cls(**{f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}) for cls in Settings]
 
 
+def flags_in(argv: list[str]) -> set[str]:
+    """The settings that argv names in flags, and not in a recipe."""
+    return {arg[2:].partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+
+
 def convert(value, field, is_flag: bool = False):
     """`value`, of a recipe or the text of a flag, as the type of the field; ValueError says what was expected."""
     union = typing.get_origin(field.type) in (types.UnionType, typing.Union)  # Count | None

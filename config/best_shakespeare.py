@@ -1,7 +1,8 @@
 # The lowest loss on Shakespeare we have reached from scratch: three million parameters, kept from knowing it by heart.
 #   python train.py config/best_shakespeare.py        # twenty minutes on two CPU cores
 out_dir = "out/best_shakespeare"
-dataset = "shakespeare_1k"  # of Tiny Shakespeare, which is downloaded if it is not there
+dataset = "shakespeare_1k"
+input = "shakespeare"  # Tiny Shakespeare, which is downloaded if it is not there
 vocab_size = 1024
 
 hidden_size = 256

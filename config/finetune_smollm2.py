@@ -9,6 +9,7 @@ out_dir = "out/finetune_smollm2"
 init_from = "out/SmolLM2-135M-Instruct"
 tokenizer = "out/SmolLM2-135M-Instruct"  # no other fits the weights
 dataset = "shakespeare_smollm2"
+input = "shakespeare"
 
 block_size = 1024  # the model was trained on 2,048 and more: the longer the rows, the better it can use what it knows
 global_batch_size = 1

@@ -4,6 +4,7 @@
 # 600 steps here, two epochs, end before it knows the text by heart; config/seed_5000.py goes on until it does.
 out_dir = "out/smol_shakespeare"
 dataset = "shakespeare"
+input = "shakespeare"
 vocab_size = 5000
 
 block_size = 256

@@ -3,7 +3,8 @@
 # Two layers and a million parameters: in two minutes, four layers and three million see a third as much text, and
 # predict it worse (2.34 bits per byte instead of 2.10, both with a cosine schedule).
 out_dir = "out/tiny_shakespeare"
-dataset = "shakespeare_1k"  # of Tiny Shakespeare, which is downloaded if it is not there
+dataset = "shakespeare_1k"
+input = "shakespeare"  # Tiny Shakespeare, which is downloaded if it is not there
 vocab_size = 1024  # of 200,000 words few are frequent: a large vocabulary would be mostly untrained
 
 hidden_size = 192

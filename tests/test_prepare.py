@@ -438,6 +438,37 @@ def test_the_command_that_makes_it_again_makes_the_same(here):
         assert prepare.read_meta("t") == before
 
 
+def test_replacing_another_text_is_said(here):
+    """Only prepare.py overwrites a data set, and it names the text that is replaced. The same input again, by any
+    spelling, replaces nothing; nor does an attempt that fails."""
+    (here / "a.txt").write_text(TEXT[:3000])
+    (here / "b.txt").write_text(TEXT[3000:6000])
+    said = []
+    for name in ("a.txt", "./a.txt", "b.txt", "missing.txt", "a.txt"):
+        done = run_script("prepare.py", f"--input={name}", "--dataset=t", "--vocab_size=300", cwd=here)
+        assert (done.returncode == 0) == (name != "missing.txt"), done.stderr
+        said += [line for line in done.stdout.splitlines() if "is replaced" in line]
+    assert said == [f"data/t: the data set of {name} is replaced" for name in ("a.txt", "b.txt")]
+
+
+def test_the_name_of_a_data_set_has_no_meaning(here):
+    """A name that begins with "shakespeare" takes its own text or none, and "shakespeare" as an input is the download
+    under any name. Without any setting prepare.py makes that data set."""
+    named = "--dataset=shakespeare_mine", "--vocab_size=300"
+    done = run_script("prepare.py", *named, cwd=here)
+    assert done.returncode == 1 and "put the text at data/shakespeare_mine/input.txt" in done.stderr, done.stdout
+    (here / "data/shakespeare").mkdir(parents=True)
+    (here / "data/shakespeare/input.txt").write_text(TEXT[:3000])  # as the download leaves it
+    assert run_script("prepare.py", *named, cwd=here).returncode == 1
+    (here / "data/shakespeare_mine").mkdir()
+    (here / "data/shakespeare_mine/input.txt").write_text(TEXT[:4000])
+    for flags, size in ((named, 4000), ((*named, "--input=shakespeare"), 3000), (("--vocab_size=300",), 3000)):
+        done = run_script("prepare.py", *flags, cwd=here)
+        assert done.returncode == 0 and f"{len(TEXT[:size].encode()):,} bytes" in done.stdout, done.stderr
+    recipes = [file for file in (ROOT / "config").glob("*shakespeare.py")]
+    assert recipes and all('input = "shakespeare"' in file.read_text() for file in recipes)
+
+
 def test_two_at_once_are_one_and_a_message(here):
     """Two processes that prepare the same data set would mix their files."""
     with exclusive(here / "data/t", "being prepared"), pytest.raises(UserError, match="by another process"):

@@ -528,7 +528,7 @@ def test_other_data_under_a_run_are_refused(here, monkeypatch):
     prepare.prepare(prepare.Settings(input="t.txt", dataset="t", vocab_size=300))
     with pytest.raises(UserError, match="the source sha256 was"):
         go(monkeypatch)
-    with pytest.raises(UserError, match="prepared with vocab_size=300, asked is 400"):
+    with pytest.raises(UserError, match="made with vocab_size=300, and --vocab_size=400 asks for another"):
         go(monkeypatch, "--vocab_size=400", "--out_dir=out/new")
 
 
@@ -911,18 +911,42 @@ def test_a_text_that_has_changed_is_not_taken_for_the_old_one(here, monkeypatch,
     assert "changed since" not in capsys.readouterr().out
 
 
+def files_of(folder) -> dict:
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.name != ".lock"}
+
+
+def test_a_data_set_belongs_to_its_name(here):
+    """What prepare.py made is used as it is: without its flags, and with a recipe for another text, tokenizer and
+    vocabulary. Negative control: each flag that asks for another is refused, and what is advised overwrites nothing."""
+    small = [flag for flag in SMALL if not flag.startswith(("--input", "--dataset", "--vocab_size"))]
+    small += ["--dataset=notes", "--max_iters=1"]
+    done = run_script("prepare.py", "--input=t.txt", "--dataset=notes", "--vocab_size=320", cwd=here)
+    assert done.returncode == 0, done.stderr
+    before = files_of("data/notes")
+    Path("other.txt").write_text(TEXT[:9000])
+    Path("recipe.py").write_text('input = "other.txt"\ntokenizer = "gpt2"\nvocab_size = 400\nval_fraction = 0.2\n')
+    for run, flags in enumerate(([], ["recipe.py"], ["recipe.py", "--input=./t.txt", "--vocab_size=320"])):
+        done = run_script("train.py", *flags, *small, f"--out_dir=out/{run}", cwd=here)
+        assert done.returncode == 0 and "data/notes: t.txt" in done.stdout, done.stderr
+    for flag in ("input=other.txt", "tokenizer=gpt2", "vocab-size=400", "val_fraction=0.2"):
+        done = run_script("train.py", "recipe.py", *small, f"--{flag}", "--out_dir=out/new", cwd=here)
+        assert done.returncode == 1 and "data/notes was made with" in done.stderr, done.stdout + done.stderr
+        assert f"--{flag.replace('-', '_')} asks for another" in done.stderr and "--dataset" in done.stderr
+        assert "prepare.py" not in done.stderr
+    assert files_of("data/notes") == before
+
+
 def test_an_input_without_a_dataset_of_its_own_is_not_taken_for_a_changed_text(here, monkeypatch):
-    """Data that were made of data/DATASET/input.txt, and another --input: refused, and the command that is named does
-    what it says. The file by its own name is no other."""
+    """Data that were made of data/DATASET/input.txt, and another --input: refused. The file by its own name is no
+    other."""
     os.makedirs("data/t")
     shutil.copy("t.txt", "data/t/input.txt")
     go(monkeypatch, "--input=", "--max_iters=1")
     go(monkeypatch, "--input=data/t/input.txt", "--max_iters=1", "--out_dir=out/u")
     Path("notes.txt").write_text(TEXT[4000:12000])
-    with pytest.raises(UserError, match="was prepared with input=input.txt, asked is notes.txt") as told:
+    with pytest.raises(UserError, match="made with input=data/t/input.txt, and --input=notes.txt asks for another"):
         go(monkeypatch, "--input=notes.txt", "--max_iters=1", "--out_dir=out/v")
-    run_script(*shlex.split(re.search("anew: python (.*)", str(told.value))[1]), cwd=here)
-    go(monkeypatch, "--input=notes.txt", "--max_iters=1", "--out_dir=out/v")
+    go(monkeypatch, "--input=notes.txt", "--max_iters=1", "--out_dir=out/v", "--dataset=notes")
 
 
 def test_the_play_instead_of_shakespeare_is_said_in_every_run(here, monkeypatch, capsys):
@@ -931,11 +955,11 @@ def test_the_play_instead_of_shakespeare_is_said_in_every_run(here, monkeypatch,
     monkeypatch.setattr(
         prepare.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
     )
-    flags = ("--input=", "--dataset=shakespeare_t", "--max_iters=1")
+    flags = ("--input=shakespeare", "--dataset=mine", "--max_iters=1")
     for run in "ab":
         go(monkeypatch, *flags, f"--out_dir=out/{run}")
         said = re.search("this is the play, .* Tiny Shakespeare: (python .*) \\(", capsys.readouterr().out)
-        assert said[1] == "python prepare.py --dataset=shakespeare_t --tokenizer=bpe --vocab_size=300"
+        assert said[1] == "python prepare.py --dataset=mine --input=shakespeare --tokenizer=bpe --vocab_size=300"
     os.makedirs("data/shakespeare")
     shutil.copy("t.txt", "data/shakespeare/input.txt")
     go(monkeypatch, *flags, "--out_dir=out/c")
@@ -1972,7 +1996,9 @@ def test_data_of_the_same_tokenizer_are_taken_by_any_name(here, monkeypatch):
     go(monkeypatch, *own, "--max_iters=2")
     go(monkeypatch, *own, "--max_iters=4")
     assert state("out/tuned")["progress"]["step"] == 4
-    with pytest.raises(UserError, match="prepared with vocab_size=301, asked is 300"):
+    with pytest.raises(UserError, match="made with tokenizer=bpe, and --tokenizer=out/u asks for another"):
+        go(monkeypatch, *own, "--max_iters=6", "--tokenizer=out/u")
+    with pytest.raises(UserError, match="made with vocab_size=301, and --vocab_size=300"):
         go(monkeypatch, *own, "--max_iters=6", "--vocab_size=300")
 
 
@@ -1985,7 +2011,7 @@ def test_fine_tuning_with_another_tokenizer_is_refused(here, monkeypatch):
     go(monkeypatch, "--init_from=base", *OF_TINY_HF, "--dataset=new", "--out_dir=out/new", "--max_iters=1")
     assert prepare.read_meta("new")["tokenizer"] == "base"
     go(monkeypatch, "--max_iters=1")
-    with pytest.raises(UserError, match="prepared with tokenizer=bpe, asked is base"):
+    with pytest.raises(UserError, match="data/t was made with another tokenizer than base has"):
         go(monkeypatch, "--init_from=base", "--out_dir=out/u")
     assert not (here / "out/u/model.safetensors").exists()
 
