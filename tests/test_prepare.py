@@ -438,6 +438,7 @@ def test_the_command_that_makes_it_again_makes_the_same(here):
         assert prepare.read_meta("t") == before
 
 
+@pytest.mark.slow
 def test_replacing_another_text_is_said(here):
     """Only prepare.py overwrites a data set, and it names the text that is replaced. The same input again, by any
     spelling, replaces nothing; nor does an attempt that fails."""
@@ -451,6 +452,7 @@ def test_replacing_another_text_is_said(here):
     assert said == [f"data/t: the data set of {name} is replaced" for name in ("a.txt", "b.txt")]
 
 
+@pytest.mark.slow
 def test_the_name_of_a_data_set_has_no_meaning(here):
     """A name that begins with "shakespeare" takes its own text or none, and "shakespeare" as an input is the download
     under any name. Without any setting prepare.py makes that data set."""

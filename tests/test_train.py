@@ -915,6 +915,7 @@ def files_of(folder) -> dict:
     return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.name != ".lock"}
 
 
+@pytest.mark.slow
 def test_a_data_set_belongs_to_its_name(here):
     """What prepare.py made is used as it is: without its flags, and with a recipe for another text, tokenizer and
     vocabulary. Negative control: each flag that asks for another is refused, and what is advised overwrites nothing."""
