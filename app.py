@@ -29,7 +29,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from config import UserError, Within, guard, is_text, leave_stdout, override
+from lib.conversations import Template, check_messages, read_chat_template
+from lib.device import pick_device, pick_dtype
+from lib.files import file_sha256, read_errors_as_user_error
+from lib.settings import UserError, Within, is_text, leave_stdout, override, run_main
 
 import gradio as gr
 import pandas as pd
@@ -39,9 +42,6 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from checkpoint import find, load, metadata, newest_run
-from conversations import Template, check_messages, read_chat_template
-from device import pick_device, pick_dtype
-from files import damage_named, file_sha256
 from sample import encode_prompt, generate, stream_text
 
 
@@ -357,7 +357,7 @@ def model_html(models: Models, name: str, int8: bool) -> tuple[str, str]:
         meta, c, count = metadata(folder), model.config, model.num_parameters()
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
         sha256 = file_sha256(folder / "tokenizer.json")
-        with damage_named(folder / "model.safetensors"):
+        with read_errors_as_user_error(folder / "model.safetensors"):
             step = f"{int(meta['step']):,}" if "step" in meta else ""
             bits = f"{float(meta['val_bpb']):.3f} bits per byte" if "val_bpb" in meta else ""
     except (UserError, OSError) as error:
@@ -1004,7 +1004,7 @@ def launch_arguments(s: Settings) -> dict:
     """How the page is served: everything that gradio would otherwise read from environment variables is set here."""
     auth = s.auth
     if auth.startswith("FILE:"):
-        with damage_named(auth[5:], "It should hold one line, user:password."):
+        with read_errors_as_user_error(auth[5:], "It should hold one line, user:password."):
             auth = Path(auth[5:]).read_text(encoding="utf-8").strip()
     user, _, password = auth.partition(":")
     if s.auth and not (user and password):
@@ -1064,4 +1064,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

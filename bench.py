@@ -35,13 +35,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from config import Count, UserError, guard, override
-
-import torch
-
-import prepare
-from checkpoint import config_to_dict, find, from_pretrained, read_tokenizer, save_pretrained, tokenizer_config
-from device import (
+from lib.device import (
     GPU_WAITS,
     Replay,
     compile_for_training,
@@ -51,10 +45,16 @@ from device import (
     pick_device,
     prepare_process,
 )
-from files import write_json
+from lib.files import write_json
+from lib.settings import Count, UserError, override, run_main
+
+import torch
+
+import prepare
+from checkpoint import config_to_dict, find, from_pretrained, read_tokenizer, save_pretrained, tokenizer_config
+from fast.quantize import quantize
 from model import PRESETS, KVCache, SmolLM2
 from optimizer import make_optimizer
-from quantize import quantize
 from sample import generate, prefill
 
 
@@ -227,7 +227,7 @@ def decoding(who: str, device: str, folder: str, int8: bool, depth: int, rows: i
 
         def token_times():
             times = []
-            for _ in generate(model, prompt, NEW, temperature=0, stop_ids=[], use_c=who == "ours"):
+            for _ in generate(model, prompt, NEW, temperature=0, stop_ids=[], fast=who == "ours"):
                 synchronize(device)
                 times.append(time.perf_counter())
             return times
@@ -716,4 +716,4 @@ def print_card(work: str, r: dict):
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from config import Count, Seed, guard, is_text, override
+from lib.conversations import Template, read_chat_template, start_renderer
+from lib.device import pick_device, pick_dtype, prepare_process
+from lib.settings import Count, Seed, is_text, override, run_main
 
 from checkpoint import find, load, newest_run
-from conversations import Template, read_chat_template, start_renderer
-from device import pick_device, pick_dtype, prepare_process
 from model import KVCache
-from sample import Heat, Penalty, TopP, generate, stream_text
+from sample import Penalty, Temperature, TopP, generate, stream_text
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Settings:
     model: str = ""  # model directory or hub id; empty: the newest under out/ that can chat
     system: str = ""  # a system message at the beginning; empty: what the model's template has
     max_new_tokens: Count = 512  # at most this many tokens an answer
-    temperature: Heat = 0.2  # what SmolLM2-Instruct's authors advise, with top_p=0.9; 0 takes the likeliest token
+    temperature: Temperature = 0.2  # as SmolLM2-Instruct's authors advise, with top_p=0.9; 0 takes the likeliest token
     top_p: TopP | None = 0.9  # choose among the fewest tokens that hold this much of the probability
     repetition_penalty: Penalty = 1.0  # above 1 makes tokens that have occurred less likely
     seed: Seed = 1337  # of the first answer; each answer takes the next
@@ -145,4 +145,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

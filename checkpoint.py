@@ -20,16 +20,16 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from config import UserError
+from lib.device import DTYPES
+from lib.files import atomic, file_sha256, load_tokenizer, read_errors_as_user_error, read_json, write_json
+from lib.settings import UserError
 
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from device import DTYPES
-from files import atomic, damage_named, file_sha256, load_tokenizer, read_json, write_json
+from fast.quantize import quantize as quantize_weights
 from model import SmolLM2, SmolLM2Config
-from quantize import quantize as quantize_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = (WEIGHTS, *(f"{name}.json" for name in "config generation_config tokenizer tokenizer_config".split()))
@@ -116,7 +116,7 @@ def metadata(path: Path) -> dict[str, str]:
     file = Path(path) / WEIGHTS
     if not file.is_file():  # sharded, so not one of ours
         return {}
-    with damage_named(file, REPLACE), safe_open(file, framework="pt") as f:
+    with read_errors_as_user_error(file, REPLACE), safe_open(file, framework="pt") as f:
         return f.metadata() or {}
 
 
@@ -161,7 +161,7 @@ def config_from_dict(hf: dict, source: str = "config.json") -> SmolLM2Config:
     )  # fmt: skip
     known = {f.name for f in fields(SmolLM2Config)}
     settings = defaults | {k: v for k, v in hf.items() if k in known}
-    with damage_named(source):  # a number may be text here, or zero
+    with read_errors_as_user_error(source):  # a number may be text here, or zero
         settings["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // heads
         settings["num_key_value_heads"] = settings["num_key_value_heads"] or heads
         settings["rope_theta"] = float(theta)
@@ -305,12 +305,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     file that is missing, cut short or, where save_pretrained left a checksum, altered."""
     names, tensors = [WEIGHTS], {}
     if not (path / WEIGHTS).exists() and (path / INDEX).exists():  # as transformers does: the single file first
-        with damage_named(path / INDEX):
+        with read_errors_as_user_error(path / INDEX):
             names = sorted(set(read_json(path / INDEX)["weight_map"].values()))
             if outside := [name for name in names if Path(name).name != name]:
                 raise ValueError(f"it names a file in another folder: {outside[0]}")
     for name in names:
-        with damage_named(path / name, REPLACE), safe_open(path / name, framework="pt") as f:
+        with read_errors_as_user_error(path / name, REPLACE), safe_open(path / name, framework="pt") as f:
             found = {key: f.get_tensor(key) for key in f.keys()}
             crc = (f.metadata() or {}).get("crc32")
         if crc and crc != checksum(found):
@@ -393,7 +393,7 @@ def save_state(path: Path, model, optimizer, scaler, progress: dict, settings: d
 def load_state(path: Path) -> dict:
     """Read state.pt; state["config"] is a SmolLM2Config. UserError where it is missing, cut short, altered (its zip
     entries carry checksums), or holds anything but plain data of the kind that save_state() writes."""
-    with damage_named(path, way_out_of(path)):
+    with read_errors_as_user_error(path, way_out_of(path)):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise zipfile.BadZipFile("it is compressed, as torch.save never does")
@@ -412,7 +412,7 @@ def restore(state: dict, path: Path, model: SmolLM2, optimizer, scaler):
     """Put the state of `path` into a model, its optimizer, and its scaler where the precision has one. The settings of
     the optimizer (learning rate, betas, decay) stay those it was made with. UserError where a part is of another model.
     """
-    with damage_named(path, way_out_of(path)):
+    with read_errors_as_user_error(path, way_out_of(path)):
         moments, groups = state["optimizer"]["state"], optimizer.state_dict()["param_groups"]
         if [g["params"] for g in groups] != [g["params"] for g in state["optimizer"]["param_groups"]]:
             raise ValueError("an optimizer of other parameters")

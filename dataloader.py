@@ -14,7 +14,7 @@ Shapes: B batch, T time (block_size), N rows.
 import math
 from pathlib import Path
 
-from config import UserError
+from lib.settings import UserError
 
 import numpy as np
 import torch

@@ -19,7 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from config import Count, UserError, Whole, guard, override
+from lib.device import pick_autocast, pick_device, prepare_process
+from lib.files import file_sha256
+from lib.settings import Count, NonNegativeInt, UserError, override, run_main
 
 import numpy as np
 import torch
@@ -29,8 +31,6 @@ import torch.nn.functional as F
 import prepare
 from checkpoint import find, load, newest_run
 from dataloader import text_rows, to_device
-from device import pick_autocast, pick_device, prepare_process
-from files import file_sha256
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Settings:
     model: str = ""  # model directory or hub id; empty: the newest run under out/
     text: str = ""  # a text file; empty: the play of this repository, unless a dataset is named
     dataset: str = ""  # or a folder under data/, whose validation part is read
-    block_size: Whole = 0  # tokens per row; 0 is the model's context, 512 at most
+    block_size: NonNegativeInt = 0  # tokens per row; 0 is the model's context, 512 at most
     eval_rows: Count = 2000  # at most this many rows, spread evenly; all of them if there are fewer
     batch_size: Count = 4  # rows at a time
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
@@ -82,7 +82,7 @@ def read_ids(tokenizer, file: Path) -> tuple[np.ndarray, int]:
 def validation_ids(name: str, folder: Path) -> tuple[np.ndarray, int]:
     """The same of a data set's validation part. UserError where the model in `folder` has another tokenizer."""
     meta, data = prepare.read_meta(name), prepare.DATA / name
-    if "val_learnt" in meta:
+    if "val_loss_tokens" in meta:
         raise UserError(f"{data} holds conversations, of which only the answers count: train.py prints their loss.")
     if file_sha256(folder / "tokenizer.json") != meta["tokenizer_sha256"]:
         raise UserError(f"{data} was made with another tokenizer than {folder} has. Give the text itself: --text=FILE")
@@ -111,4 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

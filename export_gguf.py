@@ -20,16 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import UserError, guard, override
-
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from checkpoint import find, hf_name, load, newest_run
-from conversations import read_chat_template, render
-from files import atomic, damage_named, read_json
-from ggml import (
+from lib.conversations import read_chat_template, render
+from lib.files import atomic, read_errors_as_user_error, read_json
+from lib.gguf_format import (
     CONTROL,
     NORMAL,
     PERMUTED,
@@ -41,6 +34,13 @@ from ggml import (
     permute,
     read_header,
 )
+from lib.settings import UserError, override, run_main
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import find, hf_name, load, newest_run
 
 
 @dataclass
@@ -366,7 +366,7 @@ def export(path, outtype: str = "q8_0", out_dir="") -> Path:
     name = Path(path).resolve().name if local else str(path).split("/")[1]
     folder = Path(out_dir) if out_dir else source if local else Path("out") / f"{name}-gguf"
     model, tokenizer = load(source, copy=False)
-    with damage_named(source / "tokenizer.json"):
+    with read_errors_as_user_error(source / "tokenizer.json"):
         vocabulary = read_vocabulary(source / "tokenizer.json", tokenizer, model.config.vocab_size)
     template = read_chat_template(source)
     ends = end_tokens(model.config, source)
@@ -395,4 +395,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

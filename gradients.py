@@ -13,11 +13,10 @@ import time
 from contextlib import nullcontext
 from functools import partial
 
-from config import UserError
+from lib.device import GPU_WAITS, Replay, launch_share, undo_compile
+from lib.settings import UserError
 
 import torch
-
-from device import GPU_WAITS, Replay, launch_share, undo_compile
 
 # ----------------------------------------------------------------------------------------------------------------------
 # forward and backward

@@ -26,17 +26,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from config import UserError, guard, override
-
-import numpy as np
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
-
-from checkpoint import INDEX, WEIGHTS, config_to_dict, hf_name, load, metadata, tokenizer_config, write_tensors
-from device import DTYPES
-from files import atomic, damage_named, exclusive, file_sha256, read_json
-from ggml import (
+from lib.device import DTYPES
+from lib.files import atomic, exclusive, file_sha256, read_errors_as_user_error, read_json
+from lib.gguf_format import (
     CONTROL,
     NORMAL,
     PERMUTED,
@@ -48,6 +40,14 @@ from ggml import (
     read_header,
     unpermute,
 )
+from lib.settings import UserError, override, run_main
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+
+from checkpoint import INDEX, WEIGHTS, config_to_dict, hf_name, load, metadata, tokenizer_config, write_tensors
 from model import SmolLM2, SmolLM2Config
 
 
@@ -177,7 +177,7 @@ def build_tokenizer(file: Path, fields: dict) -> Tokenizer:
             wrong.append(f"tokenizer.ggml.{key} (no token is added to a text here)")
     if wrong:
         raise UserError(f"{file} has a tokenizer this code cannot make: {'; '.join(wrong)}.")
-    with damage_named(file):
+    with read_errors_as_user_error(file):
         tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         if len(tokens) != len(types):
             raise ValueError(f"{len(tokens)} tokens and {len(types)} token types")
@@ -225,7 +225,7 @@ def read_tensor(file: Path, f, shape: list[int], kind: int, offset: int, dtype: 
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]  # weights in a block, bytes of a block
     row = width // block * nbytes
     result = torch.empty(rows, width, dtype=dtype)
-    with damage_named(file):
+    with read_errors_as_user_error(file):
         f.seek(offset)
         for part in result.split(max(1, PIECE // width)):
             raw = np.fromfile(f, np.uint8, len(part) * row).reshape(len(part), row)
@@ -338,4 +338,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -24,21 +24,21 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated
 
-from config import Positive, UserError, Within, check
+from lib.settings import Positive, UserError, Within, check
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-import ops
+from fast import ops
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
 
 # far beyond any model of this family, so that a config.json with 10^9 layers is refused and not built
 Size, Layers = Annotated[int, Within(least=1, most=2**20)], Annotated[int, Within(least=1, most=1024)]
-MOST_WEIGHTS, MOST_TABLE = 2**37, 2**26  # in all; numbers in a table of RoPE
+MAX_WEIGHTS, MAX_TABLE = 2**37, 2**26  # in all; numbers in a table of RoPE
 
 
 @dataclass
@@ -72,7 +72,7 @@ class SmolLM2Config:  # the defaults are SmolLM2-135M
         if D % 2:
             raise UserError(f"head_dim={D} must be even: RoPE turns the dimensions in pairs.")
         weights = C * (self.vocab_size + self.num_hidden_layers * (2 * (H + K) * D + 3 * self.intermediate_size))
-        if weights > MOST_WEIGHTS or self.max_position_embeddings * D > MOST_TABLE:
+        if weights > MAX_WEIGHTS or self.max_position_embeddings * D > MAX_TABLE:
             positions = f"{self.max_position_embeddings:,} positions of head_dim={D}"
             raise UserError(f"{weights:,} weights, {positions}: beyond any model of this family. A digit too many?")
 

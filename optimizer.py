@@ -9,7 +9,7 @@ The optimizers, AdamW and Muon, and the learning rate at every step.
 
 import math
 
-from config import UserError
+from lib.settings import UserError
 
 import torch
 

@@ -36,15 +36,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from config import UserError, Whole, Within, check, guard, override, say
+from lib.conversations import CHATML, Template, messages_of, read_chat_template
+from lib.files import atomic, exclusive, file_sha256, load_tokenizer, read_errors_as_user_error, read_json
+from lib.settings import NonNegativeInt, UserError, Within, check, override, print_safe, run_main
 
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-
-from conversations import CHATML, Template, messages_of, read_chat_template
-from files import atomic, damage_named, exclusive, file_sha256, load_tokenizer, read_json
 
 MAX_VOCAB_SIZE = 65536  # what uint16 can number
 END = "<|endoftext|>"
@@ -59,7 +58,7 @@ class Settings:
     # the smallest vocabulary is the bytes and the special tokens, the largest what uint16 holds
     vocab_size: Annotated[int, Within(256 + len(SPECIAL), MAX_VOCAB_SIZE)] = 5000  # of a trained tokenizer; to 65536
     val_fraction: Annotated[float, Within(above=0, below=1)] = 0.1  # how much of the text is kept for validation
-    show: Whole = 0  # print so many conversations of the training part, what is learnt of them in green
+    show: NonNegativeInt = 0  # print so many conversations of the training part, what is learnt of them in green
 
 
 DATA = Path("data")
@@ -130,7 +129,7 @@ def shakespeare() -> Path:
                     text += block
                     bar.update(len(block))
     except OSError as error:  # no network, no such host, a time-out, a refusal: URLError is one
-        say(
+        print_safe(
             f"!! OFFLINE: Tiny Shakespeare could not be downloaded ({error}). Using {PLAY.name} instead, an original "
             f"play a tenth its size that comes with this project. For the real one, put it at {path}."
         )
@@ -383,11 +382,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def trained_tokenizer(source: Source, vocab_size: int, val_fraction: float) -> tuple[Tokenizer, str, bytes]:
     """A tokenizer trained on the training part; returns the same three things as find_tokenizer()."""
-    say(f"training a tokenizer of {vocab_size:,} tokens on the training part ...")
+    print_safe(f"training a tokenizer of {vocab_size:,} tokens on the training part ...")
     tokenizer = train_bpe(tokenizer_sample(source, val_fraction), vocab_size)
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
-        say(f"the text has pairs for {size:,} tokens only; that is the vocabulary now")
+        print_safe(f"the text has pairs for {size:,} tokens only; that is the vocabulary now")
     return tokenizer, END, tokenizer.to_str(pretty=True).encode()
 
 
@@ -509,10 +508,10 @@ def make_encoder(tokenizer: Tokenizer, sample: str) -> Encoder:
 
     fast = fast_encoder(tokenizer)
     if fast is None:
-        say("this tokenizer is not a GPT-2 style byte-level BPE: encoding with the tokenizers library, slower")
+        print_safe("this tokenizer is not a GPT-2 style byte-level BPE: encoding with the tokenizers library, slower")
         return plain
     if not all(np.array_equal(fast(text), plain(text)) for text in (HARD_TEXT, sample[:20000])):
-        say("tiktoken disagrees with the tokenizers library on this tokenizer: encoding with the latter, slower")
+        print_safe("tiktoken disagrees with the tokenizers library on this tokenizer: encoding with the latter, slower")
         return plain
     return fast
 
@@ -557,15 +556,16 @@ def prepare(s: Settings) -> dict:
     kind = "conversation" if source.chat else "document"
     documents = f"1 {kind}" if source.documents == 1 else f"{source.documents:,} {kind}s"
     if before and os.path.abspath(before) != os.path.abspath(input_path(s.input, s.dataset)):
-        say(f"data/{s.dataset}: the data set of {before} is replaced")
-    say(
+        print_safe(f"data/{s.dataset}: the data set of {before} is replaced")
+    print_safe(
         f"data/{s.dataset}: {meta['source']}, {documents}, {source.bytes:,} bytes\n"
         f"  train {train_tokens:,} tokens, val {val_tokens:,} tokens, vocabulary {meta['vocab_size']:,}, "
         f"{source.bytes / (train_tokens + val_tokens):.2f} bytes per token"
     )
     if source.chat:
-        learnt = f"  to be learnt: {meta['train_learnt']:,} of the train and {meta['val_learnt']:,} of the val tokens"
-        say(f"{learnt}; an answer ends with {meta['eos_token']}")
+        train_loss, val_loss = meta["train_loss_tokens"], meta["val_loss_tokens"]
+        learnt = f"  to be learnt: {train_loss:,} of the train and {val_loss:,} of the val tokens"
+        print_safe(f"{learnt}; an answer ends with {meta['eos_token']}")
         show_conversations(DATA / s.dataset, s.show)
     return meta
 
@@ -628,7 +628,7 @@ def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files
     tokenizer.encode_special_tokens = True
     template = template_for(s.tokenizer, tokenizer)
     files["chat_template.jinja"].write_text(template.text, encoding="utf-8")
-    counts = {f"{part}_{what}": 0 for part in ("train", "val") for what in ("tokens", "learnt", "bytes")}
+    counts = {f"{part}_{what}": 0 for part in ("train", "val") for what in ("tokens", "loss_tokens", "bytes")}
     waiting, held, end = {"train": [], "val": []}, {"train": 0, "val": 0}, None
     with ExitStack() as stack:
         out = {name: stack.enter_context(open(file, "wb")) for name, file in files.items() if name.endswith(".bin")}
@@ -646,7 +646,7 @@ def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files
                 out[f"{part}.mask.bin"].write(bytes([2, *learnt[1:]]))
                 answers = [m["content"] for m in messages if m["role"] == "assistant"]
                 for what, more in dict(
-                    tokens=len(ids), learnt=sum(learnt), bytes=len("".join(answers).encode())
+                    tokens=len(ids), loss_tokens=sum(learnt), bytes=len("".join(answers).encode())
                 ).items():
                     counts[f"{part}_{what}"] += more
                 bar.update(1)
@@ -660,7 +660,7 @@ def write_conversations(s: Settings, source: Source, tokenizer: Tokenizer, files
                 held[part] = 0
         encode("train")
         encode("val")
-    if not (counts["train_learnt"] and counts["val_learnt"]):
+    if not (counts["train_loss_tokens"] and counts["val_loss_tokens"]):
         raise UserError(f"{source.files[0]}: too few conversations to split into training and validation.")
     return counts, end
 
@@ -692,8 +692,8 @@ def show_conversations(folder: Path, count: int):
         edges = [a, *(np.flatnonzero(np.diff((mask[a:b] == 1).astype(int))) + a + 1), b]
         for x, y in zip(edges, edges[1:]):
             text = tokenizer.decode(ids[x:y].tolist(), skip_special_tokens=False)
-            say(f"\033[32m{text}\033[0m" if mask[x] == 1 else text, end="")
-        say("")
+            print_safe(f"\033[32m{text}\033[0m" if mask[x] == 1 else text, end="")
+        print_safe("")
 
 
 META = dict(
@@ -715,7 +715,7 @@ def read_meta(dataset: str) -> dict:
     """meta.json of data/DATASET. UserError if it is damaged, or the files beside it are not the ones it describes."""
     folder = DATA / dataset
     again = f"Make it again with: python prepare.py --input=TEXT --dataset={dataset}"
-    with damage_named(folder / "meta.json", again):
+    with read_errors_as_user_error(folder / "meta.json", again):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         wrong = [k for k, kind in META.items() if type(meta.get(k)) is not kind or kind is int and meta[k] < 0]
         if wrong:
@@ -730,7 +730,7 @@ def read_meta(dataset: str) -> dict:
         if largest >= meta["vocab_size"]:
             raise UserError(f"{file} holds token id {largest}, the vocabulary has {meta['vocab_size']:,}. {again}")
         mask = file.with_suffix(".mask.bin")
-        if f"{part}_learnt" in meta and (not mask.is_file() or 2 * mask.stat().st_size != size):
+        if f"{part}_loss_tokens" in meta and (not mask.is_file() or 2 * mask.stat().st_size != size):
             raise UserError(f"{mask} has not a byte for each token of {file}. {again}")
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file() or file_sha256(tokenizer) != meta["tokenizer_sha256"]:
@@ -763,4 +763,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -11,10 +11,10 @@ import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from config import UserError
+from lib.files import read_errors_as_user_error
+from lib.settings import UserError
 
 import checkpoint
-from files import damage_named
 from optimizer import decay_begins, learning_rate_at
 
 # Settings that may differ between a stop and a resume: none of them changes what a step does, but for rounding (another
@@ -157,7 +157,7 @@ def resume_schedule(run, state: dict, before) -> dict:
 
 
 def read_progress(state: dict, file: Path) -> Progress:
-    with damage_named(file, checkpoint.way_out_of(file)):
+    with read_errors_as_user_error(file, checkpoint.way_out_of(file)):
         # earlier versions of train.py did not keep these
         added = {"sampled": -1, "other_texts": {}, "cpu_dtype": None, "warmup_iters": None}
         p = Progress(**added | state["progress"])

@@ -19,19 +19,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from config import Count, Seed, UserError, Within, check, guard, is_text, override
+from lib.device import pick_device, pick_dtype, prepare_process
+from lib.files import read_errors_as_user_error
+from lib.settings import Count, Seed, UserError, Within, check, is_text, override, run_main
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from checkpoint import find, load, metadata, newest_run
-from decode import pick_decoder, reason_against
-from device import pick_device, pick_dtype, prepare_process
-from files import damage_named
+from fast.decode import pick_decoder, reason_against
 from model import KVCache
 
-Heat, Penalty = Annotated[float, Within(least=0, most=100)], Annotated[float, Within(least=0.01, most=100)]
+Temperature, Penalty = Annotated[float, Within(least=0, most=100)], Annotated[float, Within(least=0.01, most=100)]
 TopP, MinP = Annotated[float, Within(above=0, most=1)], Annotated[float, Within(least=0, most=1)]
 
 
@@ -41,7 +41,7 @@ class Settings:
     prompt: str = "\n"  # the text to go on from; FILE:notes.txt reads it from a file
     num_samples: Count = 1  # how many continuations, one after the other
     max_new_tokens: Count = 200  # at most this many tokens each; fewer where the model ends the text
-    temperature: Heat = 0.8  # 0 takes the likeliest token each time; 1 the model's own odds; higher is wilder
+    temperature: Temperature = 0.8  # 0 takes the likeliest token each time; 1 the model's own odds; higher is wilder
     top_k: Count | None = None  # choose among the k likeliest tokens only; none is off
     top_p: TopP | None = None  # ... among the fewest tokens that hold this much of the probability
     min_p: MinP | None = None  # ... among tokens at least this fraction as likely as the likeliest
@@ -49,7 +49,7 @@ class Settings:
     seed: Seed = 1337  # sample i uses seed + i, so one sample can be had again alone
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is what the file holds
-    use_c: bool = True  # tokens after the prompt: by decode.c on a CPU, by a CUDA graph on a GPU; False: by model.py as
+    fast: bool = True  # tokens after the prompt: by decode.c on a CPU, by a CUDA graph on a GPU; False: by model.py as
     #                     it is written, several times slower
     quantize: Literal["", "int8"] = ""  # int8: weights of one byte, so that decode.c reads half of what bfloat16 takes
 
@@ -116,7 +116,7 @@ def next_token(
 # ----------------------------------------------------------------------------------------------------------------------
 # generating
 
-MOST_PROMPT = 10_000_000  # characters
+MAX_PROMPT = 10_000_000  # characters
 PREFILL_CHUNK = 2048  # prompt tokens per forward pass: 25 MB of the MLP's features at 135M, in fp32
 
 
@@ -133,14 +133,14 @@ def prefill(model, ids, cache, start: int = 0):
 def generate(
     model, prompt_ids, max_new_tokens: int = 200, temperature: float = 0.8, top_k: int | None = None,
     top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
-    seed: int | None = None, stop_ids=None, with_logits: bool = False, use_c: bool = True,
+    seed: int | None = None, stop_ids=None, with_logits: bool = False, fast: bool = True,
     cache: KVCache | None = None, cached: int = 0,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     """Yield the next token ids, (B,) int64 on the model's device, one tensor a step; with_logits: (ids, logits (B, V)).
 
     prompt_ids: a list of ids, or (B, T) rows of one length. temperature 0 is greedy. seed None draws a new one; a
     request has a generator and a cache of its own, so requests do not disturb each other or the caller's RNG.
-    use_c: after the prompt, rows on a CPU go through decode.c (up to decode.MOST_ROWS) and rows on a GPU through a CUDA
+    fast: after the prompt, rows on a CPU go through decode.c (up to decode.MAX_ROWS) and rows on a GPU through a CUDA
     graph, with the same logits to rounding; False: through model.py as it is written.
     cache, cached: a cache that holds the first `cached` of the prompt's ids already, as a conversation's does; what is
     read goes there. By default a new one.
@@ -171,7 +171,7 @@ def generate(
     window = ids[:, -context:]  # what the cache stands for: position p holds window[:, p]
     cached = min(cached, ids.size(1) - 1) if ids.size(1) <= context else 0  # one is left to read, for its logits
     cache = cache or KVCache(model.config, len(ids), model.device, model.dtype)
-    decoder = pick_decoder(model, len(ids)) if use_c else None
+    decoder = pick_decoder(model, len(ids)) if fast else None
 
     # read the prompt, all of it at once
     logits = prefill(model, window[:, cached:], cache, cached)
@@ -231,7 +231,7 @@ def main():
     if "untrained" in meta:
         facts.append("NOT TRAINED YET: these are the random weights the run began with")
     print(f"{path}: " + ", ".join(facts), file=sys.stderr)
-    if s.use_c and device == "cpu" and (reason := reason_against(model)):
+    if s.fast and device == "cpu" and (reason := reason_against(model)):
         print(f"slower than it need be, by model.py alone: {reason}", file=sys.stderr)
 
     # the samples, each with its speed on stderr
@@ -241,7 +241,7 @@ def main():
         started, times = time.perf_counter(), []
         steps = generate(
             model, prompt_ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty,
-            seed=(s.seed + i) % 2**63, use_c=s.use_c,
+            seed=(s.seed + i) % 2**63, fast=s.fast,
         )  # fmt: skip
         for piece in stream_text(tokenizer, timed(steps, times)):
             print(piece, end="", flush=True)
@@ -253,11 +253,11 @@ def main():
 def read_prompt(prompt: str) -> str:
     """The text of --prompt, or of the file that FILE:name names."""
     if prompt.startswith("FILE:"):
-        with damage_named(prompt[5:], "--prompt=FILE:name reads a text in UTF-8."):
+        with read_errors_as_user_error(prompt[5:], "--prompt=FILE:name reads a text in UTF-8."):
             with open(prompt[5:], encoding="utf-8") as f:
-                prompt = f.read(MOST_PROMPT + 1)
-    if len(prompt) > MOST_PROMPT:
-        raise UserError(f"the prompt is longer than {MOST_PROMPT:,} characters; a model sees the last few thousand.")
+                prompt = f.read(MAX_PROMPT + 1)
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"the prompt is longer than {MAX_PROMPT:,} characters; a model sees the last few thousand.")
     return prompt
 
 
@@ -276,4 +276,4 @@ def timed(steps: Iterator, times: list[float]) -> Iterator:
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

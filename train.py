@@ -29,7 +29,32 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from config import Count, NotNegative, Positive, Seed, Share, UserError, Whole, Within, flags_in, guard, override, say
+from lib.device import (
+    DTYPES,
+    broadcast_from_rank0,
+    compile_for_training,
+    join_processes,
+    peak_flops,
+    pick_autocast,
+    pick_compile,
+    pick_device,
+    prepare_process,
+)
+from lib.files import Busy, Log, exclusive, file_sha256
+from lib.settings import (
+    Count,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Seed,
+    UserError,
+    Within,
+    flags_in,
+    override,
+    print_safe,
+    run_main,
+)
 
 import torch
 import torch.distributed as dist
@@ -38,19 +63,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import prepare
 from dataloader import Conversations, Rows, text_rows, to_device, validation_conversations, validation_rows
-from device import (
-    DTYPES,
-    compile_for_training,
-    join_processes,
-    of_first,
-    peak_flops,
-    pick_autocast,
-    pick_compile,
-    pick_device,
-    prepare_process,
-)
 from evaluate import evaluate, read_ids
-from files import Busy, Log, exclusive, file_sha256
 from gradients import forward_backward, micro_batches, rehearse, seed_dropout
 from model import SmolLM2, SmolLM2Config
 from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizer, noise_ends
@@ -68,51 +81,51 @@ class Settings:
     eval_interval: Count = 100  # steps between evaluations; each saves state.pt, and the model if it is the best so far
     eval_rows: Count = 2000  # at most this many validation rows, spread evenly; all of them if there are fewer
     also_eval: str = ""  # text files, comma-separated, measured at the end, and before step 1 of fine-tuning
-    patience: Whole = 0  # stop after this many evaluations without improvement; 0 never
+    patience: NonNegativeInt = 0  # stop after this many evaluations without improvement; 0 never
     log_interval: Count = 10  # steps between log lines
-    sample_interval: Whole = 0  # steps between printed samples of text; 0 none
+    sample_interval: NonNegativeInt = 0  # steps between printed samples of text; 0 none
     # a step
     global_batch_size: Count = 16  # rows per optimizer step, all processes together: this decides the result
     micro_batch_size: Count = 16  # rows per forward pass: whatever fits in memory and is fast
     block_size: Count = 256  # tokens per row
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
-    max_iters: Whole = 1000  # steps
-    max_epochs: NotNegative = 0.0  # at most so many passes over the training data, with warmup and intervals to match;
+    max_iters: NonNegativeInt = 1000  # steps
+    max_epochs: NonNegative = 0.0  # at most so many passes over the training data, with warmup and intervals to match;
     #                                0 no limit
     learning_rate: Positive = 1e-3  # the peak, after warmup
-    min_lr: NotNegative = 1e-4  # where the schedule ends
-    warmup_iters: Whole = 50  # steps from 0 to the peak
+    min_lr: NonNegative = 1e-4  # where the schedule ends
+    warmup_iters: NonNegativeInt = 50  # steps from 0 to the peak
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warmup, stable, linear decay, SmolLM2's own
-    lr_decay_iters: Whole = 0  # the step at which the schedule reaches min_lr; 0 is max_iters of the first steps
+    lr_decay_iters: NonNegativeInt = 0  # the step at which the schedule reaches min_lr; 0 is max_iters at the start
     decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: how much of the run decays
-    token_noise: Share = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
+    token_noise: Fraction = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
     noise_until: Annotated[float, Within(above=0, most=1)] = 1.0  # share of the schedule that has this noise; after it
     #                                the model reads the text as it is
-    dropout: Share = 0.0  # share of what attention and MLP add that is set to 0 in training: against memorizing, too
-    weight_decay: NotNegative = 0.1  # on matrices only; norm weights are left alone
-    beta1: Share = 0.9  # decay of AdamW's average of the gradient
-    beta2: Share = 0.95  # decay of its average of the squared gradient: 0.999 is usual, less is steadier here
-    grad_clip: NotNegative = 1.0  # largest gradient norm; 0 leaves it as it is
+    dropout: Fraction = 0.0  # share of what attention and MLP add that is set to 0 in training: against memorizing, too
+    weight_decay: NonNegative = 0.1  # on matrices only; norm weights are left alone
+    beta1: Fraction = 0.9  # decay of AdamW's average of the gradient
+    beta2: Fraction = 0.95  # decay of its average of the squared gradient: 0.999 is usual, less is steadier here
+    grad_clip: NonNegative = 1.0  # largest gradient norm; 0 leaves it as it is
     seed: Seed = 1337  # of the first weights, the order of the rows, noise and dropout
     # the machine
     device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the products; weights are float32 always
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the blocks; auto where it pays within the run
     #                                                 (off records no CUDA graph, either)
-    peak_tflops: NotNegative = 0.0  # of one device in this dtype, for MFU; 0: known (some GPUs) or measured (CPU)
+    peak_tflops: NonNegative = 0.0  # of one device in this dtype, for MFU; 0: known (some GPUs) or measured (CPU)
     # the architecture, when from scratch: SmolLM2-135M; the vocabulary comes with the data
     hidden_size: Count = 576
     intermediate_size: Count = 1536
     num_hidden_layers: Count = 30
     num_attention_heads: Count = 9
     num_key_value_heads: Count = 3
-    head_dim: Whole = 0  # 0 is hidden_size / num_attention_heads
-    max_position_embeddings: Whole = 0  # the model's context; 0 is block_size, all it will have been trained on
+    head_dim: NonNegativeInt = 0  # 0 is hidden_size / num_attention_heads
+    max_position_embeddings: NonNegativeInt = 0  # the model's context; 0 is block_size, which it is trained on
     rope_theta: Positive = 100000.0
     rms_norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = True
-    initializer_range: NotNegative = 0.0  # 0 is 1 / sqrt(hidden_size), which for 576 is the released 0.0417
+    initializer_range: NonNegative = 0.0  # 0 is 1 / sqrt(hidden_size), which for 576 is the released 0.0417
 
 
 class Run:
@@ -120,12 +133,12 @@ class Run:
 
     def __init__(self, s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
         self.s, self.rank, self.world, self.device = s, rank, world, device
-        self.say = say if rank == 0 else lambda _: None
+        self.say = print_safe if rank == 0 else lambda _: None
         self.out_dir = Path(s.out_dir)
 
         # the data
         self.folder, self.meta = prepare.DATA / data.dataset, prepare.read_meta(data.dataset)
-        train, val, self.chat = self.folder / "train.bin", self.folder / "val.bin", "train_learnt" in self.meta
+        train, val, self.chat = self.folder / "train.bin", self.folder / "val.bin", "train_loss_tokens" in self.meta
         vocab_size = self.meta["vocab_size"]
         if self.chat and s.token_noise:
             raise UserError("--token_noise is for text: conversations are learnt as they are.")
@@ -175,7 +188,7 @@ class Run:
         else:
             self.dtype, self.dtype_reason = pick_autocast(s.dtype, device)
         if s.dtype == "auto" and device == "cpu":  # the first process has measured for all
-            self.dtype = of_first(self.dtype, world)
+            self.dtype = broadcast_from_rank0(self.dtype, world)
         kind = torch.device(device).type
         self.autocast = partial(torch.autocast, kind, self.dtype) if self.dtype != torch.float32 else nullcontext
         self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
@@ -198,7 +211,7 @@ class Run:
             self.compile_reason = "as when this run began" + (other if self.compiled != self.p.compile else "")
             self.compiled = self.p.compile
         if s.compile == "auto":  # each process may have measured another peak
-            self.compiled = of_first(self.compiled, world)
+            self.compiled = broadcast_from_rank0(self.compiled, world)
 
     def again(self, **changes) -> str:
         """The command that goes on with this run, with some of its settings changed, or left out where None."""
@@ -438,7 +451,7 @@ def evaluation(run: Run) -> bool:
     p.evaluated, p.since_best = p.step, p.since_best + 1
     if loss < p.best_val_loss:
         p.best_val_loss, p.best_step, p.since_best = loss, p.step, 0
-    bpb = loss / math.log(2) * meta.get("val_learnt", meta["val_tokens"]) / meta["val_bytes"]
+    bpb = loss / math.log(2) * meta.get("val_loss_tokens", meta["val_tokens"]) / meta["val_bytes"]
     perplexity = math.exp(min(loss, 99))
     kept = keep_best(run, loss, bpb)
     gap = "" if p.recent_loss is None else f" | train {p.recent_loss:.4f} | gap {loss - p.recent_loss:+.4f}"
@@ -470,7 +483,7 @@ def keep_best(run: Run, loss: float, bpb: float) -> bool:
         except OSError as error:
             run.say(f"!! the model could not be written ({error}); the previous one is kept and training goes on")
             written = False
-        if of_first(written, run.world):
+        if broadcast_from_rank0(written, run.world):
             run.kept_loss, run.kept_step = loss, step
     # the same loss again: after a kill between model and state.pt. A worse one than the best: that could not be written
     return run.kept_step == step and run.kept_loss == loss <= run.p.best_val_loss
@@ -523,7 +536,7 @@ def print_sample(run: Run):
         prompt = inputs[: int((targets != -100).nonzero()[0]) + 1].tolist()
     run.model.eval()
     with torch.compiler.set_stance("force_eager"), run.autocast():
-        steps = generate(run.model, prompt, max_new_tokens=100, seed=run.p.step, use_c=False)
+        steps = generate(run.model, prompt, max_new_tokens=100, seed=run.p.step, fast=False)
         text = run.tokenizer.decode([int(ids) for ids in steps])
     run.model.train()
     run.say("     " + text.strip().replace("\n", "\n     "))
@@ -799,11 +812,11 @@ def save(run: Run, name: str = "state.pt") -> bool:
         earlier = "the previous one is kept" if file.is_file() else "there is none yet"
         run.say(f"!! {file} could not be written ({error}); {earlier}")
         written = False
-    written = of_first(written, run.world)
+    written = broadcast_from_rank0(written, run.world)
     if written and name == "state.pt":
         run.saved = run.p.step
     return written
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -26,7 +26,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from config import Seed, UserError, Within, guard, override
+from lib.device import pick_device, prepare_process
+from lib.settings import Seed, UserError, Within, override, run_main
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,11 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 import checkpoint
-from decode import Decoder, GpuDecoder, reason_against
-from device import pick_device, prepare_process
+from fast.decode import Decoder, GpuDecoder, reason_against
+from fast.ops import WIDEN_FROM
+from fast.quantize import quantize
 from model import PRESETS, KVCache, SmolLM2, SmolLM2Config, rotate
-from ops import WIDEN_FROM
 from prepare import PLAY
-from quantize import quantize
 from sample import generate
 
 Context = Annotated[int, Within(least=16)]
@@ -394,7 +394,7 @@ def cache(hf, model, exact, ids) -> Iterator[Row]:
     short_model.rotary.to(model.device)
     for T in (short // 2, short - 1, short, short + 1, 2 * short + 6):
         prompt = ids.flatten()[:T]
-        steps = list(generate(short_model, prompt, count, temperature=0, stop_ids=[], with_logits=True, use_c=False))
+        steps = list(generate(short_model, prompt, count, temperature=0, stop_ids=[], with_logits=True, fast=False))
         new, x = torch.cat([i for i, _ in steps]), torch.cat([x for _, x in steps])
         windows, last = windows_of(prompt, new, short)
         truth, theirs = true_logits(hf, exact, windows, (torch.arange(count), last))
@@ -418,7 +418,7 @@ def greedy(hf, model, ids) -> Iterator[Row]:
     count = min(64, model.config.max_position_embeddings - T)  # transformers does not stop at the end of the context
     hf.set_attn_implementation("eager")
     theirs = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)[:, T:]
-    steps = list(generate(model, ids, count, temperature=0, stop_ids=[], with_logits=True, use_c=False))
+    steps = list(generate(model, ids, count, temperature=0, stop_ids=[], with_logits=True, fast=False))
     ours = torch.stack([i for i, _ in steps], dim=1)
     first, second = torch.stack([x for _, x in steps]).topk(2).values.unbind(-1)
     same = int((theirs == ours).sum()) if theirs.shape == ours.shape else 0
@@ -684,4 +684,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -52,8 +52,9 @@ def tiny_hf(seed: int = 0, **changes):
 
 def save_hf_directory(path, hf=None, **save_arguments) -> Path:
     """A complete directory as transformers writes it, plus a 512-token tokenizer; returns the path."""
+    from lib.files import write_json
+
     from checkpoint import tokenizer_config
-    from files import write_json
     from prepare import train_bpe
 
     hf = hf or tiny_hf()

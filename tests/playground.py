@@ -9,12 +9,13 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from lib.conversations import CHATML
+from lib.files import file_sha256
+
 from conftest import save_hf_directory, tiny_hf
 
 import app
 from checkpoint import from_pretrained, save_pretrained
-from conversations import CHATML
-from files import file_sha256
 
 LOG = [
     dict(step=s, tokens=64 * s, loss=2 + 4 * math.exp(-s / 90), lr=1e-3 / (1 + s), tok_per_s=900.0 + s)

@@ -17,7 +17,8 @@ import pytest
 from conftest import ROOT, run_script
 
 pytest.importorskip("gradio", reason="the playground needs gradio: pip install -r requirements.txt")
-from config import UserError, guard  # noqa: E402
+from lib.conversations import Template  # noqa: E402
+from lib.settings import UserError, run_main  # noqa: E402
 
 import gradio as gr  # noqa: E402
 import httpx  # noqa: E402
@@ -30,7 +31,6 @@ from playground import SlowGenerate, make_chat_run, make_run, serving  # noqa: E
 import app  # noqa: E402
 from chat import Chat  # noqa: E402
 from checkpoint import load  # noqa: E402
-from conversations import Template  # noqa: E402
 from sample import generate  # noqa: E402
 
 DEFAULTS = {name: default for name, (_, _, default, *_) in app.KNOBS.items()}
@@ -948,7 +948,7 @@ def generate(model, ids, **settings):
 
 app.generate = generate
 sys.argv = ["app.py", "--port={port}"]
-app.guard(app.main)
+app.run_main(app.main)
 """
 
 
@@ -996,12 +996,12 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(sys, "argv", ["app.py", flag])
         with pytest.raises(SystemExit) as end:
-            guard(app.main)
+            run_main(app.main)
         assert end.value.code == 1
         assert said in capsys.readouterr().err
     for flag in ("--port=0", "--port=65536", "--dtype=float8"):
         monkeypatch.setattr(sys, "argv", ["app.py", flag])
         with pytest.raises(SystemExit) as end:
-            guard(app.main)
+            run_main(app.main)
         assert end.value.code == 2
         assert flag in capsys.readouterr().err

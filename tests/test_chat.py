@@ -17,7 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from config import UserError
+from lib import conversations
+from lib.conversations import CHATML, Template, render
+from lib.files import load_tokenizer, read_json, write_json
+from lib.settings import UserError
 
 import numpy as np
 import pytest
@@ -26,14 +29,11 @@ import torch.nn.functional as F
 from conftest import ROOT, TEXT, run_script, save_hf_directory, tiny, tiny_hf
 
 import checkpoint
-import conversations
 import dataloader
 import prepare
 import sample
 import train
 from chat import Chat
-from conversations import CHATML, Template, render
-from files import load_tokenizer, read_json, write_json
 from model import KVCache
 
 # chat_template.jinja of SmolLM2-Instruct, letter by letter
@@ -394,14 +394,14 @@ def test_prepare_writes_ids_masks_and_counts(here, capsys):
     for part in ("train", "val"):
         ids, mask = bins(part)
         assert len(ids) == len(mask) == meta[f"{part}_tokens"] and set(mask) == {0, 1, 2}
-        assert (mask == 1).sum() == meta[f"{part}_learnt"] and (mask == 2).sum() == len(read_back(part))
+        assert (mask == 1).sum() == meta[f"{part}_loss_tokens"] and (mask == 2).sum() == len(read_back(part))
         said = [m["content"] for t in talks if chatml(t) in read_back(part) for m in t if m["role"] == "assistant"]
         assert meta[f"{part}_bytes"] == len("".join(said).encode())
         learnt = tokenizer.decode(ids[mask == 1].tolist(), skip_special_tokens=False)
         assert learnt == "".join(f"{text}<|im_end|>" for text in said)
     assert meta["documents"] == 30 and meta["eos_token"] == "<|im_end|>" and meta["eos_token_id"] == 2
     assert prepare.read_meta("talks") == meta
-    assert f"to be learnt: {meta['train_learnt']:,} of the train" in capsys.readouterr().out
+    assert f"to be learnt: {meta['train_loss_tokens']:,} of the train" in capsys.readouterr().out
 
 
 def test_prepare_takes_three_spellings(here):
@@ -494,7 +494,7 @@ def test_a_first_file_that_is_empty_does_not_decide(here):
     os.mkdir("folder")
     write_talks("folder/a.jsonl", [])
     write_talks("folder/b.jsonl", [talk(i) for i in range(12)])
-    assert "train_learnt" in prepare.prepare(prepare.Settings(input="folder", dataset="talks", vocab_size=300))
+    assert "train_loss_tokens" in prepare.prepare(prepare.Settings(input="folder", dataset="talks", vocab_size=300))
 
 
 @pytest.mark.slow
@@ -562,7 +562,7 @@ def test_text_over_conversations_and_the_other_way_round(here):
     Path("t.txt").write_text(TEXT[:8000])
     text = prepare.Settings(input="t.txt", dataset="talks", vocab_size=300)
     conversations, plain = prepared(), prepare.prepare(text)
-    assert "train_learnt" in conversations and "train_learnt" not in plain
+    assert "train_loss_tokens" in conversations and "train_loss_tokens" not in plain
     assert prepare.read_meta("talks") == plain
     data = prepare.Settings(dataset="talks", vocab_size=300)
     run = train.Run(train.Settings(**SHAPE, init_from="scratch"), data, 0, 1, "cpu")
@@ -1385,14 +1385,14 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(tmp_path):
 # generate() with a cache that has read something
 
 
-@pytest.mark.parametrize("use_c", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("prompt,new", [(20, 10), (20, 100), (63, 20), (64, 20), (65, 20), (200, 20)])
-def test_a_cache_that_has_read_something_changes_nothing(prompt, new, use_c):
+def test_a_cache_that_has_read_something_changes_nothing(prompt, new, fast):
     """The same tokens and logits as without, for every number of tokens kept, all of the prompt included, up to the
     context of 64, past it and for a prompt beyond it. Negative control: a cache that has read something else."""
     model = tiny()
     ids = torch.randint(3, 512, (prompt,)).tolist()
-    more = dict(max_new_tokens=new, temperature=0.0, stop_ids=[], with_logits=True, use_c=use_c)
+    more = dict(max_new_tokens=new, temperature=0.0, stop_ids=[], with_logits=True, fast=fast)
     plain = list(sample.generate(model, ids, **more))
     for cached in sorted({0, 1, prompt // 2, prompt - 1, prompt} & set(range(65))):
         cache = KVCache(model.config, 1)

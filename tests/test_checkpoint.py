@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 
-from config import UserError
+from lib.files import atomic, exclusive, file_sha256, read_json, write_json
+from lib.settings import UserError
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import from_pretrained, load, save_pretrained
-from files import atomic, exclusive, file_sha256, read_json, write_json
 from prepare import train_bpe
 
 
@@ -229,7 +229,7 @@ def test_an_atomic_file_is_the_old_one_or_the_new_one(tmp_path):
 def test_a_folder_is_locked_for_one_process_and_released_by_its_death(tmp_path):
     """The lock is the operating system's: kill -9 releases it. Negative control: another folder is free."""
     code = (
-        "import sys, time; from pathlib import Path; from files import exclusive\n"
+        "import sys, time; from pathlib import Path; from lib.files import exclusive\n"
         "with exclusive(Path(sys.argv[1]), 'in use'): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

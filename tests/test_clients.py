@@ -2,13 +2,14 @@
 
 import shutil
 
+from lib.files import read_json, write_json
+
 import pytest
 import torch
 from conftest import run_script
 from trained import copy_of_run
 
 from checkpoint import load
-from files import read_json, write_json
 from sample import generate
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements.txt)")

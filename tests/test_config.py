@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import config
+from lib import settings as config
 
 import pytest
 from conftest import ROOT, run_script
@@ -116,8 +116,8 @@ def test_nanogpts_names_lead_to_ours(capsys):
 
 def guarded(body: str, **kw) -> subprocess.CompletedProcess:
     """A script of our own whose main() has this body, with 200,000 lines printed before it."""
-    lines = f"import os, sys, signal; sys.path.insert(0, {str(ROOT)!r}); from config import UserError, guard"
-    code = f"{lines}\ndef main():\n    for i in range(200_000): print('line', i)\n    {body}\nguard(main)"
+    lines = f"import os, sys, signal; sys.path.insert(0, {str(ROOT)!r}); from lib.settings import *"
+    code = f"{lines}\ndef main():\n    for i in range(200_000): print('line', i)\n    {body}\nrun_main(main)"
     return subprocess.run([sys.executable, "-c", code], capture_output="stdout" not in kw, text=True, **kw)
 
 

@@ -2,7 +2,7 @@
 
 import tracemalloc
 
-from config import UserError
+from lib.settings import UserError
 
 import numpy as np
 import pytest

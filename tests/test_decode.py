@@ -15,20 +15,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from config import UserError
+from lib.settings import UserError
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY
 
-import decode
 import model as smol
 import sample
 from checkpoint import config_from_dict
-from decode import Decoder
+from fast import decode
+from fast.decode import Decoder
+from fast.quantize import int8_rows, quantize
 from model import KVCache, SmolLM2
-from quantize import int8_rows, quantize
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="decode.c needs a C compiler (cc, gcc or clang)"
@@ -201,7 +201,7 @@ def test_it_goes_on_from_a_prefill_and_back(kind):
 
 
 def test_generate_takes_it_and_says_the_same(hf_directory, monkeypatch):
-    """Rows on a CPU go through decode.c; more than MOST_ROWS, fp16 and use_c=False do not. Greedy text is the same."""
+    """Rows on a CPU go through decode.c; more than MAX_ROWS, fp16 and fast=False do not. Greedy text is the same."""
     model, _ = sample.load(hf_directory)
     calls = []
     real = Decoder.__call__
@@ -215,9 +215,9 @@ def test_generate_takes_it_and_says_the_same(hf_directory, monkeypatch):
 
     fast = text(model)
     assert len(calls) == 49  # the first token comes with the prompt
-    assert text(model, use_c=False) == fast and not calls
+    assert text(model, fast=False) == fast and not calls
     assert [i[:1] for i in text(model, [[5, 6, 7], [9, 8, 7]])] == fast and len(calls) == 49
-    assert [i[:1] for i in text(model, [[5, 6, 7]] + [[9, 8, 7]] * decode.MOST_ROWS)] == fast and not calls
+    assert [i[:1] for i in text(model, [[5, 6, 7]] + [[9, 8, 7]] * decode.MAX_ROWS)] == fast and not calls
     text(copy.deepcopy(model).to(torch.float16))
     assert not calls
 
@@ -238,7 +238,7 @@ def test_a_changed_model_is_noticed(hf_directory):
     model.layers[1].mlp.forward = lambda x: x * 0
     with pytest.raises(UserError, match="decode.c and model.py disagree"):
         list(sample.generate(model, [5, 6, 7], 3, temperature=0))
-    assert len(list(sample.generate(model, [5, 6, 7], 3, temperature=0, stop_ids=[], use_c=False))) == 3
+    assert len(list(sample.generate(model, [5, 6, 7], 3, temperature=0, stop_ids=[], fast=False))) == 3
 
 
 def test_autocast_around_it_is_no_disagreement(hf_directory):
@@ -425,7 +425,7 @@ def test_no_sanitizer_complains(elsewhere, tmp_path):
     run = tmp_path / "run.py"
     run.write_text(
         "import sys, torch; sys.path[:0] = sys.argv[1:3]\n"
-        "import decode, subprocess\n"
+        "import subprocess\nfrom fast import decode\n"
         "real = subprocess.run\n"
         "subprocess.run = lambda c, **k: real([*c, '-fsanitize=address,undefined', '-fno-sanitize-recover'], **k)\n"
         "from pathlib import Path; decode.SOURCE = Path(sys.argv[3])\n"

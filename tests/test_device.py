@@ -3,14 +3,13 @@
 import subprocess
 import sys
 
-from config import UserError
+from lib import device
+from lib.device import join_processes, peak_flops, pick_autocast, pick_compile, pick_device
+from lib.settings import UserError
 
 import pytest
 import torch
 from conftest import ROOT
-
-import device
-from device import join_processes, peak_flops, pick_autocast, pick_compile, pick_device
 
 
 @pytest.mark.parametrize(
@@ -30,7 +29,7 @@ def test_precision_goes_by_capability(capability, expected, monkeypatch):
 def test_bf16_on_a_cpu_must_be_faster_too(bf16, fp32, expected, monkeypatch):
     """An Intel Xeon of family 6, model 207 has avx512_bf16, and its products take twice as long as those in fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr(device.ops, "bfloat16_speed", lambda: bf16 / fp32)
+    monkeypatch.setattr(device, "bfloat16_speed", lambda: bf16 / fp32)
     assert pick_autocast("auto", "cpu")[0] == expected
 
 
@@ -94,7 +93,7 @@ def test_compile_auto_leaves_short_runs_alone(monkeypatch):
 def test_numbers_too_small_to_matter_are_zero(prepared):
     """In all threads, since each is slow with them. Not prepared, they are not: the control."""
     code = (
-        "import torch, device\n"
+        "import torch\nfrom lib import device\n"
         "torch.set_num_threads(2)\n"
         f"{'device.prepare_process()' if prepared else ''}\n"
         "small = torch.full((1 << 22,), 700_000, dtype=torch.int32).view(torch.float32)  # 1e-39\n"

@@ -4,7 +4,7 @@ import math
 import re
 from contextlib import nullcontext
 
-from config import UserError
+from lib.settings import UserError
 
 import numpy as np
 import pytest

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from config import UserError
+from lib.files import read_json, write_json
+from lib.settings import UserError
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from tokenizers import processors
 from trained import PLAY, copy_of_run
 
 from checkpoint import load, read_tokenizer, save_pretrained
-from files import read_json, write_json
 from prepare import train_bpe
 from sample import generate
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (requirements-dev.txt)")
-import conversations  # noqa: E402
+from lib import conversations  # noqa: E402
+
 import export_gguf  # noqa: E402
 from export_gguf import export  # noqa: E402
 
@@ -344,9 +345,10 @@ def test_what_is_stopped_leaves_no_half_file(directory):
     file = export(directory, "f32")
     before = file.read_bytes()
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import config, export_gguf\n"
+        "import sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import export_gguf; from lib import settings as config\n"
         "export_gguf.check = lambda *a: print('ready', flush=True) or time.sleep(60)\n"
-        "config.guard(export_gguf.main)\n"
+        "config.run_main(export_gguf.main)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), f"--model={directory}", "--outtype=f32"],

@@ -5,20 +5,20 @@ import json
 import sys
 from types import SimpleNamespace
 
-from config import UserError
+from lib import device as device_module
+from lib.settings import UserError
 
 import pytest
 import torch
 from conftest import TEXT, tiny
 
-import decode
-import device as device_module
 import gradients
 import sample
 import train
-from decode import GpuDecoder
+from fast import decode
+from fast.decode import GpuDecoder
+from fast.quantize import quantize
 from model import KVCache
-from quantize import quantize
 
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU: the stand-in alone")
@@ -144,8 +144,10 @@ def test_a_replay_that_fails_is_gone_without(device, monkeypatch, capsys, fault)
 
     plain, _ = losses(monkeypatch, capsys, device, "plain", "--compile=off")
     monkeypatch.setattr(gradients, "Replay", Faulty)
-    say = train.say
-    monkeypatch.setattr(train, "say", lambda text: (monkeypatch.setattr(torch.autograd, "grad", grad), say(text)))
+    say = train.print_safe
+    monkeypatch.setattr(
+        train, "print_safe", lambda text: (monkeypatch.setattr(torch.autograd, "grad", grad), say(text))
+    )
     found, said = losses(monkeypatch, capsys, device, "faulty")
     reason = "there is not enough memory for it" if "memory" in fault else "it has other gradients"
     assert f"replay   off: {reason}" in said
@@ -214,8 +216,8 @@ def test_recorded_text_is_the_same(device, monkeypatch, rows, kind):
     used = []  # a CPU would take decode.c
     monkeypatch.setattr(sample, "pick_decoder", lambda model, rows: used.append(rows) or GpuDecoder(model))
     texts = [
-        torch.stack(list(sample.generate(model, prompt, 150, temperature=0, stop_ids=[], use_c=use_c))).cpu()
-        for use_c in (True, False)
+        torch.stack(list(sample.generate(model, prompt, 150, temperature=0, stop_ids=[], fast=fast))).cpu()
+        for fast in (True, False)
     ]
     assert torch.equal(*texts) and used == [rows] and texts[0].shape == (150, rows)
 
@@ -239,6 +241,6 @@ def test_a_text_that_cannot_be_recorded_is_refused(device, monkeypatch, fault):
     monkeypatch.setattr(decode, "Replay", Faulty)
     model = tiny().to(device)
     monkeypatch.setattr(sample, "pick_decoder", lambda model, rows: GpuDecoder(model))
-    with pytest.raises(UserError, match="--use_c=False"):
+    with pytest.raises(UserError, match="--fast=False"):
         list(sample.generate(model, [5, 6, 7], 3, stop_ids=[]))
-    assert len(list(sample.generate(model, [5, 6, 7], 3, stop_ids=[], use_c=False))) == 3
+    assert len(list(sample.generate(model, [5, 6, 7], 3, stop_ids=[], fast=False))) == 3

@@ -10,7 +10,9 @@ import time
 import tracemalloc
 from pathlib import Path
 
-from config import UserError
+from lib.files import file_sha256, read_json, write_json
+from lib.gguf_format import read_header
+from lib.settings import UserError
 
 import numpy as np
 import pytest
@@ -20,8 +22,6 @@ from test_export_gguf import HARD, SHAPE, SMOLLM2_TEMPLATE
 from tokenizers import pre_tokenizers
 
 from checkpoint import load, metadata, read_tokenizer
-from files import file_sha256, read_json, write_json
-from ggml import read_header
 from sample import generate
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (requirements-dev.txt)")
@@ -509,14 +509,15 @@ def test_what_is_stopped_does_not_load(good, tmp_path, number):
     """In the middle of the weights. SIGTERM leaves no file at all, kill -9 some that nothing reads; the command run
     again makes the model."""
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import config, import_gguf\n"
+        "import sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import import_gguf; from lib import settings as config\n"
         "right, names = import_gguf.read_tensor, []\n"
         "def slow(*a):\n"
         "    names.append(a)\n"
         "    if len(names) == 9: print('ready', flush=True); time.sleep(60)\n"
         "    return right(*a)\n"
         "import_gguf.read_tensor = slow\n"
-        "config.guard(import_gguf.main)\n"
+        "config.run_main(import_gguf.main)\n"
     )
     out = tmp_path / "out" / "half"
     command = [sys.executable, "-c", code, str(ROOT), f"--gguf={good}", f"--out={out}"]
@@ -632,7 +633,7 @@ def test_released_model_writes_the_same_text(released, released_gguf):
     for question in PROMPTS:
         ids = tokenizer.encode(chat(question)).ids
         assert ids[0] == 1 and client.tokenize(chat(question), special=True) == ids
-        ours = [int(i) for i in generate(model, ids, 32, temperature=0, use_c=False)]
+        ours = [int(i) for i in generate(model, ids, 32, temperature=0, fast=False)]
         assert [int(i) for i in generate(model, ids, 32, temperature=0)] == ours
         theirs = hf.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0, len(ids) :].tolist()
         end = model.config.eos_token_id

@@ -7,7 +7,7 @@ import copy
 import math
 import types
 
-from config import UserError
+from lib.settings import UserError
 
 import pytest
 import torch

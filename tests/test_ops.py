@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from conftest import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-import ops
+from fast import ops
+from fast.quantize import quantize
 from model import KVCache
-from quantize import quantize
 
 
 @pytest.mark.parametrize("rows", [1, 7, 512])

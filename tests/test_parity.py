@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="parity is measured against transformers")
 
-from config import UserError  # noqa: E402
+from lib.settings import UserError  # noqa: E402
 
 import torch  # noqa: E402
 from conftest import TEXT, save_hf_directory, tiny_hf  # noqa: E402
@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import checkpoint  # noqa: E402
 import model as smol  # noqa: E402
-import ops  # noqa: E402
-import quantize  # noqa: E402
 import sample  # noqa: E402
 import verify_hf  # noqa: E402
 from checkpoint import config_from_dict, config_to_dict, from_pretrained, read_tokenizer, save_pretrained  # noqa: E402
+from fast import (
+    ops,  # noqa: E402
+    quantize,  # noqa: E402
+)
 from model import PRESETS, KVCache, RotaryEmbedding, SmolLM2, SmolLM2Config  # noqa: E402
 from prepare import train_bpe  # noqa: E402
 from verify_hf import error, load_original, token_ids  # noqa: E402

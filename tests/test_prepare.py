@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 
-from config import UserError
+from lib.files import exclusive
+from lib.settings import UserError
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from conftest import ROOT, TEXT, run_script
 from tokenizers import Tokenizer
 
 import prepare
-from files import exclusive
 
 HARD = [
     "naïve café 🦉🏽👩‍👩‍👧 漢字かな交じり文",

@@ -2,14 +2,14 @@
 
 import copy
 
-from config import UserError
+from lib.settings import UserError
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
 
-from quantize import Int8Embedding, Int8Linear, int8_rows, quantize
+from fast.quantize import Int8Embedding, Int8Linear, int8_rows, quantize
 
 
 def test_int8_rows_are_within_half_a_step():

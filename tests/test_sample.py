@@ -2,7 +2,7 @@
 
 import os
 
-from config import UserError
+from lib.settings import UserError
 
 import pytest
 import torch

@@ -20,7 +20,8 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-from config import UserError
+from lib.files import Busy, file_sha256
+from lib.settings import UserError
 
 import numpy as np
 import pytest
@@ -36,7 +37,6 @@ import prepare
 import resume
 import sample
 import train
-from files import Busy, file_sha256
 
 SMALL = (
     "--input=t.txt --dataset=t --vocab_size=300 --out_dir=out/t --hidden_size=32 --intermediate_size=48 "
@@ -1620,7 +1620,7 @@ rank = int(os.environ['RANK'])
 
 def driven(body, *flags, timeout=120):
     """train.py on two processes, with a few lines of Python before it."""
-    Path("driver.py").write_text(DRIVER + body + "\ntrain.guard(train.main)")
+    Path("driver.py").write_text(DRIVER + body + "\ntrain.run_main(train.main)")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py", *SMALL]
     return subprocess.run(
         [*command, *flags], capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}

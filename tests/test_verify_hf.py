@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="verify_hf.py compares with transformers")
 
-from config import guard  # noqa: E402
+from lib.files import file_sha256  # noqa: E402
+from lib.settings import run_main  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -21,7 +22,6 @@ from conftest import ROOT, run_script, save_hf_directory, tiny_hf  # noqa: E402
 import checkpoint  # noqa: E402
 import model as smol  # noqa: E402
 import verify_hf  # noqa: E402
-from files import file_sha256  # noqa: E402
 from model import RotaryEmbedding, SmolLM2, SmolLM2Config  # noqa: E402
 
 
@@ -29,7 +29,7 @@ def run(monkeypatch, capsys, *arguments):
     """The command inside this process: (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["verify_hf.py", *arguments])
     try:
-        guard(verify_hf.main)
+        run_main(verify_hf.main)
         code = 0
     except SystemExit as end:
         code = end.code
@@ -177,11 +177,11 @@ def test_what_is_stopped_leaves_nothing_behind(tmp_path, number):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, time; sys.path[:0] = sys.argv.pop(1).split(':')\n"
-        "import checkpoint, verify_hf, config\n"
+        "import checkpoint, verify_hf; from lib import settings as config\n"
         "from model import SmolLM2Config\n"
         "verify_hf.PRESETS = {'135M': SmolLM2Config(64, 16, 16, 1, 2, 1, 8, 32)}\n"
         "verify_hf.checkpoint.from_pretrained = lambda *a, **k: print('ready', flush=True) or time.sleep(60)\n"
-        "config.guard(verify_hf.main)\n"
+        "config.run_main(verify_hf.main)\n"
     )
     scratch = tmp_path / "scratch"
     scratch.mkdir()

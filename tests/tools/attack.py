@@ -47,7 +47,7 @@ os.environ |= dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELI
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from config import Count, UserError, guard, override  # noqa: E402
+from lib.settings import Count, UserError, override, run_main  # noqa: E402
 
 
 @dataclass
@@ -544,7 +544,7 @@ def flag_cases() -> list[Case]:
         *flags("sample", WRONG, each("temperature repetition_penalty", "nan", "inf", -1, "x", "")),
         *flags("sample", WRONG, each("top_p min_p", "nan", -1, 2) + each("top_k", -1, 1.5) + " --repetition_penalty=0"),
         *flags("sample", WRONG, each("num_samples max_new_tokens", -1, 0) + each("seed", -1, 10**30)),
-        *flags("sample", WRONG, "--use_c=maybe --quantize=int3 --dtype=float64 --dtype=x"),
+        *flags("sample", WRONG, "--fast=maybe --quantize=int3 --dtype=float64 --dtype=x"),
         *flags("sample", EITHER, each("device", "meta", "x", "", "cuda:99")),
         *flags("sample", FAILS, each("prompt", "FILE:missing", "FILE:")),
         *flags("sample", FAILS, "--prompt=FILE:out", "out"),
@@ -1089,4 +1089,4 @@ def one(i: int) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

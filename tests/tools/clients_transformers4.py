@@ -24,13 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import UserError, guard, override
+from lib.files import read_json, write_json
+from lib.settings import UserError, override, run_main
 
 import torch
 from safetensors.torch import load_file
 
 from checkpoint import load, newest_run
-from files import read_json, write_json
 from sample import generate
 
 VERSION = "4.57.6"
@@ -141,4 +141,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

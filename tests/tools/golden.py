@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from config import override  # noqa: E402
+from lib.settings import override  # noqa: E402
 
 import pytest  # noqa: E402
 import test_golden as t  # noqa: E402

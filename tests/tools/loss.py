@@ -16,12 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from lib.device import prepare_process  # noqa: E402
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.nn import LinearCrossEntropyOptions  # noqa: E402
 
-import ops  # noqa: E402
-from device import prepare_process  # noqa: E402
+from fast import ops  # noqa: E402
 
 SHAPES = ((5000, 4, 256), (49152, 2, 512))  # V, B, T; the width is SmolLM2-135M's
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import Count, UserError, guard, override
+from lib.settings import Count, UserError, override, run_main
 
 import torch
 
@@ -113,4 +113,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import UserError, guard, override  # noqa: E402
+from lib.settings import UserError, override, run_main  # noqa: E402
 
 from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
@@ -167,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_main(main)

@@ -28,16 +28,16 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from config import Whole, override  # noqa: E402
+from lib.files import file_sha256  # noqa: E402
+from lib.settings import NonNegativeInt, override  # noqa: E402
 
 import checkpoint  # noqa: E402
-from files import file_sha256  # noqa: E402
 
 
 @dataclass
 class Settings:
-    kills: Whole = 50  # SIGKILLs
-    stops: Whole = 10  # SIGINTs and SIGTERMs
+    kills: NonNegativeInt = 50  # SIGKILLs
+    stops: NonNegativeInt = 10  # SIGINTs and SIGTERMs
     seed: int = 0  # of the random instants
 
 

@@ -1,7 +1,7 @@
 """
 The machine: which device and dtype, how fast it could be, whether to compile, and joining several processes.
 
-    from device import pick_device, pick_dtype
+    from lib.device import pick_device, pick_dtype
     device, dtype = pick_device("auto"), pick_dtype("auto")
 """
 
@@ -14,14 +14,12 @@ import re
 import shutil
 import sys
 import time
+from functools import cache
 
-from config import UserError
+from lib.settings import UserError
 
 import torch
 import torch.distributed as dist
-
-import ops
-from model import SmolLM2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +78,7 @@ def pick_autocast(name: str, device: str) -> tuple[torch.dtype, str]:
         has = torch.cpu.get_capabilities()
         for feature in ("amx_bf16", "avx512_bf16", "bf16"):
             if has.get(feature):
-                speed = ops.bfloat16_speed()
+                speed = bfloat16_speed()
                 dtype = torch.float32 if speed < 1 else torch.bfloat16
                 return dtype, f"the CPU has {feature}, at {speed:.1f} times the speed of float32"
         return torch.float32, "the CPU has no bfloat16"
@@ -89,6 +87,22 @@ def pick_autocast(name: str, device: str) -> tuple[torch.dtype, str]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # speed
+
+
+@cache
+def bfloat16_speed() -> float:
+    """How fast products of bfloat16 are on this CPU, those of fp32 being 1. Some processors do bfloat16 at twice the
+    speed, some at half: an Intel Xeon with AVX512-BF16 and without AMX. 30 ms, once a process."""
+    took = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - started)
+        took[dtype] = min(times)
+    return took[torch.float32] / took[torch.bfloat16]
 
 
 def peak_flops(device: str, dtype: torch.dtype, given_tflops: float = 0.0) -> tuple[float, str]:
@@ -135,7 +149,7 @@ def pick_compile(choice: str, device: str, flops: float, peak: float) -> tuple[b
     return True, "the run is long enough to earn the compiling back"
 
 
-def compile_for_training(model: SmolLM2):
+def compile_for_training(model):
     """torch.compile each block in place: no name changes, and all blocks share one compiled graph, so it takes some
     twenty seconds instead of a minute for thirty. The first call compiles, and fails if there is no compiler."""
     import torch._inductor.config  # here, since it takes a second
@@ -145,7 +159,7 @@ def compile_for_training(model: SmolLM2):
         layer.compile(dynamic=False)
 
 
-def undo_compile(model: SmolLM2):
+def undo_compile(model):
     """Run the blocks as they are written again."""
     for layer in model.layers:
         layer._compiled_call_impl = None
@@ -242,7 +256,7 @@ def join_processes(device: str) -> tuple[int, int, str]:
     return rank, world, device
 
 
-def of_first(value, world: int):
+def broadcast_from_rank0(value, world: int):
     """The first process's value, in all of them; each must call it at the same point."""
     shared = [value]
     if world > 1:

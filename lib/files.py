@@ -14,7 +14,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import UserError
+from lib.settings import UserError
 
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
@@ -51,7 +51,7 @@ def write_json(path, value: dict):
 
 def read_json(path: Path) -> dict:
     """The parsed file, a JSON object. UserError where it is missing, or is anything else."""
-    with damage_named(path):
+    with read_errors_as_user_error(path):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}, expected an object in braces")
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
-def damage_named(path, remedy: str = "Copy it again from where it came."):
+def read_errors_as_user_error(path, remedy: str = "Copy it again from where it came."):
     """Turn whatever reading a damaged or hostile file can raise into a UserError that names the file. For the few lines
     that parse a file, so that no bug of our own hides behind it."""
     try:
@@ -77,7 +77,7 @@ def damage_named(path, remedy: str = "Copy it again from where it came."):
 
 def load_tokenizer(file: Path) -> Tokenizer:
     """A tokenizer.json through the tokenizers library. UserError where it cannot be read, or would fill the memory."""
-    with damage_named(file):
+    with read_errors_as_user_error(file):
         if file.stat().st_size > 64 << 20:
             raise ValueError("over 64 MB; 65,536 tokens take a tenth of that")
         tokenizer = Tokenizer.from_file(str(file))

@@ -1,13 +1,13 @@
 """
 One token of each text, without a call from Python for each small step: decode.c on a CPU, a CUDA graph on a GPU.
 
-    from decode import pick_decoder
+    from fast.decode import pick_decoder
     decoder = pick_decoder(model)                       # None where there is neither: then model.py itself
     logits = decoder([token_id], cache, position)       # (1, V), and the cache holds the new position
 
 sample.generate() uses them wherever it can.
 
-decode.c: up to MOST_ROWS texts, with a C compiler. The weights stay where they are, in the model, whether fp32, bf16 or
+decode.c: up to MAX_ROWS texts, with a C compiler. The weights stay where they are, in the model, whether fp32, bf16 or
 int8; activations are fp32, and int8 where they meet int8 weights. tests/test_decode.py compares it with the plain
 forward pass of model.py, which everything else uses; so does every process, on the first token of each model.
 
@@ -28,17 +28,17 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from config import UserError
+from lib.device import Replay
+from lib.settings import UserError
 
 import torch
 
-from device import Replay
 from model import KVCache, SmolLM2
 
 SOURCE = Path(__file__).with_name("decode.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 BLOCK = 128  # positions that attention goes through at a time
-MOST_ROWS = 16  # texts at a time, since their activations are on each thread's stack
+MAX_ROWS = 16  # texts at a time, since their activations are on each thread's stack
 ROOM = 512  # positions that a GPU's cache begins with, since each longer one is recorded again
 
 
@@ -111,7 +111,7 @@ def reason_against(model: SmolLM2) -> str:
     sizes = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
     if any(n % 4 for n in sizes):
         return "decode.c needs sizes that are multiples of 4"
-    if max(sizes) > 16384:  # of which it keeps MOST_ROWS on a thread's stack
+    if max(sizes) > 16384:  # of which it keeps MAX_ROWS on a thread's stack
         return "decode.c is for widths up to 16,384"
     return compiling_fails()
 
@@ -232,7 +232,7 @@ class Decoder:
 # how far the logits of a first token may differ, relative to their standard deviation: model.py rounds activations to
 # bfloat16 for bfloat16 and int8 weights, decode.c keeps them in fp32, or rounds them to int8 where they meet int8
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.int8: 0.6}  # int8: 0.42 was seen
-WITHOUT = "python sample.py --use_c=False, or generate(..., use_c=False) in Python"
+WITHOUT = "python sample.py --fast=False, or generate(..., fast=False) in Python"
 checked = weakref.WeakSet()  # models whose first token has been compared
 
 
@@ -314,4 +314,4 @@ def pick_decoder(model: SmolLM2, rows: int = 1) -> Decoder | GpuDecoder | None:
     where neither can."""
     if model.device.type == "cuda":
         return GpuDecoder(model)
-    return Decoder(model) if rows <= MOST_ROWS and not reason_against(model) else None
+    return Decoder(model) if rows <= MAX_ROWS and not reason_against(model) else None

@@ -1,7 +1,7 @@
 """
 Conversations: a model's chat template, and the ids and the loss mask of a conversation.
 
-    from conversations import Template, messages_of
+    from lib.conversations import Template, messages_of
     template = Template.of(Path("out/SmolLM2-135M-Instruct"), tokenizer)
     ids, learnt = template.encode([messages])[0]
 
@@ -18,11 +18,10 @@ from bisect import bisect_left
 from functools import cache
 from pathlib import Path
 
-from config import UserError, is_text
+from lib.files import read_errors_as_user_error, read_json
+from lib.settings import UserError, is_text
 
 from tokenizers import Tokenizer
-
-from files import damage_named, read_json
 
 ROLES = "system", "user", "assistant"
 # for a model of one's own that has no template: ChatML, as SmolLM2-Instruct has it, without its default system message
@@ -83,7 +82,7 @@ def read_chat_template(path: Path) -> str | None:
     file = next((file for file in files if file.exists()), None)
     if file is None:
         return None
-    with damage_named(file):
+    with read_errors_as_user_error(file):
         template = read_json(file).get("chat_template") if file.suffix == ".json" else file.read_text(encoding="utf-8")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")

@@ -34,7 +34,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 class UserError(Exception):
-    """The user's mistake, in a line or two: what was given, what was expected, and what to do. guard() prints it."""
+    """The user's mistake, in a line or two: what was given, what was expected, and what to do. run_main() prints it."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Within:
 
 # The kinds of number that most settings are. A choice among words is a typing.Literal.
 Count = Annotated[int, Within(least=1, most=2**63 - 1)]
-Whole = Annotated[int, Within(least=0, most=2**63 - 1)]
+NonNegativeInt = Annotated[int, Within(least=0, most=2**63 - 1)]
 Seed = Annotated[int, Within(least=0, most=2**63 - 1)]
 Positive = Annotated[float, Within(above=0)]
-NotNegative = Annotated[float, Within(least=0)]
-Share = Annotated[float, Within(least=0, below=1)]
+NonNegative = Annotated[float, Within(least=0)]
+Fraction = Annotated[float, Within(least=0, below=1)]
 
 # What nanoGPT calls some of these settings, for those who come from there.
 NANOGPT = dict(
@@ -191,7 +191,7 @@ def read_recipe(path: str, problems: list[str]) -> dict:
     """The assignments of a recipe, but for imports and names that start with an underscore: those are for its own
     arithmetic. What is wrong with the file is appended to `problems`."""
     if not Path(path).is_file():
-        here = sorted(file.name for file in Path(__file__).parent.glob("[!_]*.py"))
+        here = sorted(file.name for file in (Path(__file__).parents[1] / "config").glob("*.py"))
         hint = f"recipes in config/: {', '.join(here)}; settings are written --key=value"
         problems.append(f"{path}: no such file ({hint}).")
         return {}
@@ -233,7 +233,7 @@ def describe(Settings: type) -> str:
     return "\n".join(rows)
 
 
-def guard(main):
+def run_main(main):
     """Run a script's main(). A UserError, or what the operating system refuses, is printed without a traceback, and the
     exit code is 1; after Ctrl-C it is 130. SIGTERM and a lost terminal end it in order: temporary files are removed."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a terminal that lacks a letter shows its number
@@ -257,7 +257,7 @@ def guard(main):
         raise SystemExit(130) from None
 
 
-def say(text: str, end: str = "\n"):
+def print_safe(text: str, end: str = "\n"):
     """Print a line. A terminal, pipe or disk that has gone does not end the work: long runs print with this."""
     try:
         print(text, end=end, flush=True)

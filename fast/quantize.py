@@ -1,7 +1,7 @@
 """
 int8 weights: one byte a weight instead of two, from outside the model.
 
-    from quantize import quantize
+    from fast.quantize import quantize
     quantize(model)                                  # in place, for inference only; sample.py --quantize=int8
 
 Generating one token reads every weight once and does little else, so half the bytes is half the time. That holds in
@@ -12,7 +12,7 @@ bfloat16, or in fp32 where that is faster (ops.worth_widening).
 Shapes: N rows, C columns of a matrix; B batch, T time, V vocabulary.
 """
 
-from config import UserError
+from lib.settings import UserError
 
 import torch
 import torch.nn as nn

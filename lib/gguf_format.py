@@ -12,9 +12,8 @@ import os
 import struct
 from pathlib import Path
 
-from config import UserError
-
-from files import damage_named
+from lib.files import read_errors_as_user_error
+from lib.settings import UserError
 
 
 def need_gguf():
@@ -80,7 +79,7 @@ def read_header(file: Path) -> tuple[dict, dict]:
     itself. Here every length is compared with the bytes that are left, and every tensor lies in the file, apart from
     the others. UserError names the file that is cut short, damaged, or of another kind or version.
     """
-    with damage_named(file), open(file, "rb") as f:
+    with read_errors_as_user_error(file), open(file, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         left = min(size, HEADER_BYTES)
 

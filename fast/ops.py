@@ -8,8 +8,7 @@ is better computed in fp32.
 Shapes: B batch, T time, C hidden, V vocabulary, N = B * T.
 """
 
-import time
-from functools import cache
+from lib.device import bfloat16_speed
 
 import torch
 import torch.nn.functional as F
@@ -46,22 +45,6 @@ def worth_widening(x) -> bool:
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.size(0) * x.size(1) < WIDEN_FROM:
         return False
     return bfloat16_speed() < 0.8  # where the two are close, no two processes should decide differently
-
-
-@cache
-def bfloat16_speed() -> float:
-    """How fast products of bfloat16 are on this CPU, those of fp32 being 1. Some processors do bfloat16 at twice the
-    speed, some at half: an Intel Xeon with AVX512-BF16 and without AMX. 30 ms, once a process."""
-    took = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - started)
-        took[dtype] = min(times)
-    return took[torch.float32] / took[torch.bfloat16]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
