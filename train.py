@@ -1,60 +1,35 @@
 """
-Train SmolLM2 from scratch, or from released weights, on what prepare.py made. Stop it any time; it goes on from there.
+Train SmolLM2 from scratch, or fine-tune a model, on the tokens that prepare.py made.
 
-    python train.py config/tiny_shakespeare.py                  # a small model, two minutes on two CPU cores
-    python train.py config/smol_shakespeare.py                  # the full 135M shape, about 27 minutes
-    python train.py config/smol_shakespeare.py                  # the same again: it goes on where it stopped
-    python train.py config/finetune_smollm2.py                  # from the released weights
+    python train.py config/tiny_shakespeare.py              # a small model, two minutes on two CPU cores
+    python train.py --out_dir=out/tiny_shakespeare          # resume; the original command does so, too
+    python train.py config/finetune_smollm2.py              # start from released weights
     torchrun --standalone --nproc_per_node=8 train.py config/smol_135m.py
 
-Once a run has begun, out/RUN/ is at every moment a Hugging Face model directory with the best model so far (lowest
-validation loss); beside it lie state.pt, everything a resume needs, log.jsonl, and with a wsd schedule stable.pt, from
-where its decay began.
-The data are prepared first if they are not there.
+You can stop it at any time: Ctrl-C saves and ends, a second one quits at once; the same command resumes. out/RUN is at
+every moment a Hugging Face model directory with the best model so far (the lowest validation loss). Next to it are
+log.jsonl; state.pt, all that a resume needs; with a wsd schedule stable.pt, the state at the start of the decay.
 
-A step is `global_batch_size` rows of `block_size` tokens, however many processes and micro-batches share the work: the
-rows are a function of seed and step alone, so splitting them otherwise changes nothing but rounding (and what dropout
-drops), and stopping and going on changes nothing at all.
+A step is `global_batch_size` rows of `block_size` tokens, and row i is a function of the seed and i alone. Sharing the
+rows among processes and micro-batches affects only rounding (and dropout masks); stopping and resuming affects nothing.
 """
 
+import importlib.util
 import math
-import os
-import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lib.device import (
-    DTYPES,
-    broadcast_from_rank0,
-    compile_for_training,
-    join_processes,
-    peak_flops,
-    pick_autocast,
-    pick_compile,
-    pick_device,
-    prepare_process,
-)
-from lib.files import Busy, Log, exclusive, file_sha256
-from lib.settings import (
-    Count,
-    Fraction,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    Seed,
-    UserError,
-    Within,
-    flags_in,
-    override,
-    print_safe,
-    run_main,
-)
+from lib import device as machine
+from lib.files import exclusive, file_sha256, first_line
+from lib.parallel import StopSignal, broadcast_from_rank0, join_processes, save_on_rank0
+from lib.settings import Count, Fraction, Natural, NonNegative, Positive, UserError, Within, parse, print_safe, run_main
+from lib.track import Log
 
 import torch
 import torch.distributed as dist
@@ -62,12 +37,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import prepare
-from dataloader import Conversations, Rows, text_rows, to_device, validation_conversations, validation_rows
-from evaluate import evaluate, read_ids
-from gradients import forward_backward, micro_batches, rehearse, seed_dropout
+from dataloader import open_data
+from evaluate import evaluate
 from model import SmolLM2, SmolLM2Config
-from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizer, noise_ends
-from resume import FIXED, Progress, changes_accepted, check_settings, goes_on, resume
+from optimizer import check_schedule, decay_begins, learning_rate_at, make_optimizers, noise_ends
 from sample import generate
 
 
@@ -75,747 +48,530 @@ from sample import generate
 class Settings:
     # the run
     out_dir: str = "out/run"  # the run's folder
-    init_from: str = "auto"  # auto: go on if out_dir has a state.pt, else scratch; resume; scratch (starts over);
-    #                          or a model directory or hub id to fine-tune
-    accept_changes: str = ""  # settings, comma-separated, that may differ from those of the run that is resumed
+    init_from: str = "auto"  # auto: resume if out_dir has a state.pt, otherwise scratch; resume; scratch: replace the
+    #                          run in out_dir; or a model directory or hub id to fine-tune
     eval_interval: Count = 100  # steps between evaluations; each saves state.pt, and the model if it is the best so far
-    eval_rows: Count = 2000  # at most this many validation rows, spread evenly; all of them if there are fewer
-    also_eval: str = ""  # text files, comma-separated, measured at the end, and before step 1 of fine-tuning
-    patience: NonNegativeInt = 0  # stop after this many evaluations without improvement; 0 never
+    eval_rows: Count = 2000  # evaluate at most this many validation rows, evenly spread
+    patience: Natural = 0  # stop after this many evaluations without improvement; 0 never
     log_interval: Count = 10  # steps between log lines
-    sample_interval: NonNegativeInt = 0  # steps between printed samples of text; 0 none
+    sample_interval: Natural = 0  # steps between printed samples of text; 0 none
     # a step
-    global_batch_size: Count = 16  # rows per optimizer step, all processes together: this decides the result
-    micro_batch_size: Count = 16  # rows per forward pass: whatever fits in memory and is fast
+    global_batch_size: Count = 16  # rows per optimizer step, over all processes: this determines the result
+    micro_batch_size: Count = 16  # rows per forward pass: whatever fits into memory and is fast
     block_size: Count = 256  # tokens per row
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
-    max_iters: NonNegativeInt = 1000  # steps
-    max_epochs: NonNegative = 0.0  # at most so many passes over the training data, with warmup and intervals to match;
-    #                                0 no limit
+    max_iters: Natural = 1000  # steps
+    max_epochs: NonNegative = 0.0  # stop after this many epochs, with warmup and intervals scaled down; 0 no limit
     learning_rate: Positive = 1e-3  # the peak, after warmup
-    min_lr: NonNegative = 1e-4  # where the schedule ends
-    warmup_iters: NonNegativeInt = 50  # steps from 0 to the peak
-    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warmup, stable, linear decay, SmolLM2's own
-    lr_decay_iters: NonNegativeInt = 0  # the step at which the schedule reaches min_lr; 0 is max_iters at the start
-    decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: how much of the run decays
-    token_noise: Fraction = 0.0  # share of input tokens replaced by random ones: against memorizing a short text
-    noise_until: Annotated[float, Within(above=0, most=1)] = 1.0  # share of the schedule that has this noise; after it
-    #                                the model reads the text as it is
-    dropout: Fraction = 0.0  # share of what attention and MLP add that is set to 0 in training: against memorizing, too
-    weight_decay: NonNegative = 0.1  # on matrices only; norm weights are left alone
-    beta1: Fraction = 0.9  # decay of AdamW's average of the gradient
-    beta2: Fraction = 0.95  # decay of its average of the squared gradient: 0.999 is usual, less is steadier here
-    grad_clip: NonNegative = 1.0  # largest gradient norm; 0 leaves it as it is
-    seed: Seed = 1337  # of the first weights, the order of the rows, noise and dropout
+    min_lr: NonNegative = 1e-4  # the learning rate at the end of the schedule
+    warmup_iters: Natural = 50  # steps from 0 to the peak
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warmup, stable, linear decay, as SmolLM2's
+    lr_decay_iters: Natural = 0  # the step at which the schedule reaches min_lr; 0 is max_iters
+    decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: the part of the run that decays
+    token_noise: Fraction = 0.0  # fraction of input tokens replaced by random ones: against memorizing a short text
+    noise_until: Annotated[float, Within(above=0, most=1)] = 1.0  # the part of the schedule that has this noise
+    dropout: Fraction = 0.0  # on what attention and MLP add to the stream: against memorizing, too
+    weight_decay: NonNegative = 0.1  # on matrices only, not on norm weights
+    beta1: Fraction = 0.9  # AdamW: decay of the average gradient
+    beta2: Fraction = 0.95  # AdamW: decay of the average squared gradient; 0.999 is usual, less is steadier here
+    grad_clip: NonNegative = 1.0  # largest gradient norm; 0 does not clip
+    seed: Natural = 1337  # of the initial weights, the order of the rows, noise and dropout
     # the machine
-    device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the products; weights are float32 always
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the blocks; auto where it pays within the run
-    #                                                 (off records no CUDA graph, either)
+    device: str = "auto"  # cuda, mps, cpu; auto takes the first that is available
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights are always float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the blocks; auto in long runs; off: no CUDA graph
     peak_tflops: NonNegative = 0.0  # of one device in this dtype, for MFU; 0: known (some GPUs) or measured (CPU)
-    # the architecture, when from scratch: SmolLM2-135M; the vocabulary comes with the data
+    # the architecture of a new model: SmolLM2-135M; the vocabulary comes from the data set
     hidden_size: Count = 576
     intermediate_size: Count = 1536
     num_hidden_layers: Count = 30
     num_attention_heads: Count = 9
     num_key_value_heads: Count = 3
-    head_dim: NonNegativeInt = 0  # 0 is hidden_size / num_attention_heads
-    max_position_embeddings: NonNegativeInt = 0  # the model's context; 0 is block_size, which it is trained on
+    head_dim: Natural = 0  # 0 is hidden_size / num_attention_heads
+    max_position_embeddings: Natural = 0  # the model's context; 0 is block_size, which it is trained on
     rope_theta: Positive = 100000.0
     rms_norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = True
     initializer_range: NonNegative = 0.0  # 0 is 1 / sqrt(hidden_size), which for 576 is the released 0.0417
 
 
-class Run:
-    """What a run is made of: data, model and optimizer, resumed or new. The run's folder is not written to yet."""
+# On a resume these settings cannot change: another shape is another model, another optimizer has another state.
+SHAPE = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings initializer_range"
+).split()
+FIXED = ["optimizer", "init_from", *SHAPE]
+# These do not affect what a step computes, so they follow the command and its recipe; only flags change the others. The
+# data set may have another name, since its contents are compared.
+FOLLOW = (
+    "eval_interval log_interval sample_interval patience micro_batch_size max_iters device compile peak_tflops dataset"
+).split()
 
-    def __init__(self, s: Settings, data: prepare.Settings, rank: int, world: int, device: str):
-        self.s, self.rank, self.world, self.device = s, rank, world, device
-        self.say = print_safe if rank == 0 else lambda _: None
-        self.out_dir = Path(s.out_dir)
 
-        # the data
-        self.folder, self.meta = prepare.DATA / data.dataset, prepare.read_meta(data.dataset)
-        train, val, self.chat = self.folder / "train.bin", self.folder / "val.bin", "train_loss_tokens" in self.meta
-        vocab_size = self.meta["vocab_size"]
-        if self.chat and s.token_noise:
-            raise UserError("--token_noise is for text: conversations are learnt as they are.")
-        if self.chat:
-            self.rows = Conversations(train, s.block_size, s.seed, vocab_size)
-            self.val_rows = validation_conversations(val, s.block_size, s.eval_rows, vocab_size)
-        else:
-            self.rows = Rows(train, self.meta["train_tokens"], s.block_size, s.seed, s.token_noise, vocab_size)
-            self.val_rows = validation_rows(val, self.meta["val_tokens"], s.block_size, s.eval_rows, vocab_size)
-        self.tokenizer = checkpoint.read_tokenizer(self.folder)
-        names = [name.strip() for name in s.also_eval.split(",") if name.strip()]
-        self.other_texts = {name: read_ids(self.tokenizer, Path(name)) for name in names}
-        facts = "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()
-        self.facts = {key: self.meta[key] for key in facts}  # what must be the same on a resume
-        if self.chat:
-            self.facts["conversations"] = "packed"  # before 26 November 2026 each had a row to itself
+@dataclass
+class Progress:
+    """The numbers of a run that change. state.pt stores them."""
 
-        self.asked = replace(s)  # before the limit in epochs shortens it: what state.pt keeps
-        shorten(s, most=s.max_epochs * self.rows.per_epoch / s.global_batch_size)
-        self.shortened = s.max_iters < self.asked.max_iters
-
-        # the state to resume from, if there is one
-        self.state_file, state = self.out_dir / "state.pt", None
-        self.p = Progress(lr_decay_iters=s.lr_decay_iters or s.max_iters, warmup_iters=s.warmup_iters)
-        self.resumed = goes_on(s)
-        self.origin, self.saved = s.init_from, None  # what the run began from; the step that state.pt is of
-        self.kept_loss, self.kept_step = math.inf, -1  # of the model that out_dir holds
-        self.sound = -1  # the step that check_sound() found sound
-        self.replay = None  # the CUDA graph of record()
-        self.steady = True  # a wsd schedule's decay is still to come, so stable.pt is to be written there
-        if self.resumed:
-            state = resume(self)
-        for warning in check_schedule(s, self.p.lr_decay_iters):
-            self.say(f"!! {warning}")
-
-        # the model: resumed, new, or read from the directory that is fine-tuned
-        torch.manual_seed(s.seed)
-        self.model, self.source_dir = make_model(s, self.meta, self.folder, state)
-        self.model.to(device).train()
-        for layer in self.model.layers:
-            layer.dropout = s.dropout
-
-        # the optimizer and the precision of matrix products; weights are float32
-        self.optimizer = make_optimizer(self.model, s.optimizer, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
-        if s.dtype == "auto" and device == "cpu" and self.p.cpu_dtype and "dtype" not in changes_accepted(s):
-            self.dtype, self.dtype_reason = DTYPES[self.p.cpu_dtype], "as when this run began"
-        else:
-            self.dtype, self.dtype_reason = pick_autocast(s.dtype, device)
-        if s.dtype == "auto" and device == "cpu":  # the first process has measured for all
-            self.dtype = broadcast_from_rank0(self.dtype, world)
-        kind = torch.device(device).type
-        self.autocast = partial(torch.autocast, kind, self.dtype) if self.dtype != torch.float32 else nullcontext
-        self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
-        torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")  # TF32 for what stays in fp32
-        if self.resumed:
-            checkpoint.restore(state, self.state_file, self.model, self.optimizer, self.scaler)
-
-        # rows of a step: all, this process's share, and how many go through the model at a time
-        self.step_tokens = s.global_batch_size * s.block_size
-        self.rows_here = s.global_batch_size // world
-        self.micro = min(s.micro_batch_size, self.rows_here)
-
-        # how fast the device could be, and whether compiling pays
-        self.peak, self.peak_source = peak_flops(device, self.dtype, s.peak_tflops)
-        work = s.max_iters * self.step_tokens * self.model.flops_per_token(s.block_size) / world
-        self.compiled, self.compile_reason = pick_compile(s.compile, device, work, self.peak)
-        if s.compile == "auto" and self.p.compile is not None:
-            other = "on" if self.compiled else "off"
-            other = f" (begun today it would be {other}: {self.compile_reason}; --compile={other} changes it)"
-            self.compile_reason = "as when this run began" + (other if self.compiled != self.p.compile else "")
-            self.compiled = self.p.compile
-        if s.compile == "auto":  # each process may have measured another peak
-            self.compiled = broadcast_from_rank0(self.compiled, world)
-
-    def again(self, **changes) -> str:
-        """The command that goes on with this run, with some of its settings changed, or left out where None."""
-        if self.s.init_from == "scratch":  # which would begin anew
-            changes["init_from"] = "auto"
-        if "accept_changes" in changes:
-            changes["accept_changes"] = ",".join(dict.fromkeys([*changes_accepted(self.s), changes["accept_changes"]]))
-        kept = [arg for arg in sys.argv if arg.lstrip("-").partition("=")[0].replace("-", "_") not in changes]
-        line = shlex.join([*kept, *(f"--{key}={value}" for key, value in changes.items() if value is not None)])
-        return f"python {line}" if self.world == 1 else f"torchrun, as before, with {line}"
+    step: int = 0  # optimizer steps done
+    rows: int = 0  # training rows read so far, which is the number of the next one
+    evaluated: int = -1  # the step of the last evaluation
+    sampled: int = -1  # the step of the last printed sample
+    best_val_loss: float = math.inf  # nats per token
+    best_step: int = -1
+    since_best: int = 0  # evaluations since then
+    skipped: int = 0  # steps without a finite loss and gradient
+    seconds: float = 0.0  # spent in steps, and in compiling
+    recent_loss: float | None = None  # moving average of the training loss
+    # chosen when the run began and kept on every resume
+    compile: bool | None = None  # whether the blocks are compiled
+    cpu_dtype: str | None = None  # the dtype of matrix products on a CPU
+    warmup_iters: int = 0
+    lr_decay_iters: int = 0
 
 
 def main():
-    s, data = override(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
-    check_settings(s)
-    prepare_data(s, data)
-    prepare.check_flags(data, flags_in(sys.argv[1:]))
-    prepare_process()
-    rank, world, device = join_processes(pick_device(s.device))
+    (s, data), given = parse(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
+    state_file, notes, changes = Path(s.out_dir, "state.pt"), [], {}
+    resumed = s.init_from != "scratch" and state_file.is_file()
+    if resumed:
+        s, data, notes, changes = resumed_settings(s, data, given, checkpoint.load_state(state_file)["settings"])
+    else:
+        check_folder(s)
+        notes += [f"the run in {s.out_dir} is replaced"] if state_file.is_file() else []
+        s.init_from = "auto" if s.init_from == "scratch" else s.init_from
+        if s.init_from != "auto":
+            checkpoint.find(s.init_from)  # downloads a hub id
+            data.tokenizer = data.tokenizer if "tokenizer" in given else s.init_from  # no other fits the weights
+    meta = prepare.resolve(data, given)  # prepares the data set if it does not exist
+    machine.prepare_process()
+    rank, world, device = join_processes(machine.pick_device(s.device))
     try:
         if s.global_batch_size % world:
-            raise UserError(f"--global_batch_size={s.global_batch_size} cannot be shared evenly by {world} processes.")
+            raise UserError(f"--global_batch_size={s.global_batch_size} cannot be divided by {world} processes.")
         with exclusive(Path(s.out_dir), "being trained in") if rank == 0 else nullcontext():
-            signalled = train(s, data, rank, world, device)
+            signalled = train(s, data, meta, given, resumed, notes, changes, rank, world, device)
+    except UserError as error:  # its traceback keeps the DDP wrapper alive after the group is destroyed, which can hang
+        raise error.with_traceback(None) from None
     finally:
         if world > 1:
             dist.destroy_process_group()
-    if signalled:  # as of a process that the signal has ended, so that `train.py && ...` goes no further
+    if signalled:  # exit as if the signal had ended the process, so that `train.py && ...` does not continue
         raise SystemExit(128 + signalled)
 
 
-def prepare_data(s: Settings, data: prepare.Settings):
-    """Prepare the data if they are not there. The first process of each machine prepares, and the others look for its
-    last file: processes that have joined already would give up waiting for each other after some minutes."""
-    if s.init_from not in ("auto", "resume", "scratch"):
-        if not goes_on(s):  # else the model is not needed any more
-            checkpoint.find(s.init_from)
-        if data.tokenizer == "bpe":
-            data.tokenizer = str(Path(s.init_from))  # no other fits the weights
-    ready, several = prepare.DATA / data.dataset / "meta.json", "RANK" in os.environ
-    if not ready.is_file() and (not several or os.environ.get("LOCAL_RANK", "0") == "0"):
-        try:
-            prepare.prepare(data)
-        except Busy:  # by the first process of another machine, on a disk that both share
-            if not several:
-                raise
-    while not ready.is_file():
-        time.sleep(0.5)
+def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, world: int, device: str) -> int:
+    """Train to the end, or until a signal; return its number or 0. This is separate from main() so that the DDP wrapper
+    is freed before the process group is destroyed. given: see parse(); notes, changes: see resumed_settings()."""
+    say = print_safe if rank == 0 else lambda _: None
+    out_dir, folder, chat = Path(s.out_dir), prepare.DATA / data.dataset, "train_loss_tokens" in meta
+    state_file = out_dir / "state.pt"
+    state = checkpoint.load_state(state_file) if resumed else None
+    p = Progress(**state["progress"]) if resumed else Progress()
 
+    # data: row i is a function of (seed, i), so the order needs no saved state
+    rows, val_rows = open_data(folder, meta, s.block_size, s.seed, s.token_noise, s.eval_rows)
+    facts = {key: meta[key] for key in "tokenizer_sha256 source_sha256 train_tokens val_tokens vocab_size".split()}
+    if resumed and facts != state["facts"]:
+        remedy = "Name that one, or make it again, with --dataset; or use another --out_dir."
+        raise UserError(f"{folder} is not the data set that {out_dir} was trained on. {remedy}")
+    say(f"data     {folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens")
+    settings = asdict(s) | asdict(data)  # as asked for, before max_epochs
+    steps_per_epoch = rows.per_epoch / s.global_batch_size
+    limit_epochs(s, steps_per_epoch, p, changes)
+    for note in [*notes, *prepare.warnings(data.dataset, meta), *check_schedule(s)]:
+        say(f"!! {note}")
 
-def train(s: Settings, data: prepare.Settings, rank: int, world: int, device: str) -> int:
-    """One run, or what is left of it; the number of the signal that stopped it, or 0. A function of its own, so that
-    DDP is gone before the processes part."""
-    run = Run(s, data, rank, world, device)
-    if world > 1:
-        seen = [None] * world
-        dist.all_gather_object(seen, (run.resumed, asdict(run.p), run.facts, run.kept_loss, run.kept_step))
-        if any(other != seen[0] for other in seen):
-            raise UserError(f"the processes do not see the same run in {run.out_dir}: all need one disk for it.")
-    announce(run)
-    if already_finished(run):
-        return 0
-    set_up(run)
-    if run.p.step < s.max_iters:  # else only an evaluation is left
-        rehearse(run)
-    try:
-        begin(run)
-    except OSError as error:
-        raise UserError(f"{run.out_dir} could not be written ({error}).") from None
-    signalled = loop(run)
-    if world > 1:
-        dist.barrier()  # the first process may still be saving, or printing a sample
-    return signalled
+    # model: new, fine-tuned, or resumed; weights are always float32
+    torch.manual_seed(s.seed)
+    model, source = make_model(s, given, meta, folder, state)
+    checkpoint.speed_up(model.to(device).train())
+    for layer in model.layers:
+        layer.dropout = s.dropout
+    say("model    {total:,} parameters, {embeddings:,} of them embeddings".format(**model.num_parameters()))
 
+    # optimizer, and the dtype of matrix products; rank 0 chooses for all
+    optimizers = make_optimizers(model, s.optimizer, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
+    kind = torch.device(device).type
+    measured = kind == "cpu" and s.dtype == "auto"
+    choice = machine.pick_autocast(p.cpu_dtype or s.dtype if measured else s.dtype, device)
+    dtype, dtype_reason = broadcast_from_rank0(choice, world)
+    p.cpu_dtype = machine.dtype_name(dtype) if measured else p.cpu_dtype
+    autocast = partial(torch.autocast, kind, dtype) if dtype != torch.float32 else nullcontext
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")  # TF32 for what stays in float32
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the loop
+    # resume: weights, optimizer state, and the best model so far
+    saved_step, kept_loss, kept_step = None, math.inf, -1  # kept: the model that is in out_dir
+    if resumed:
+        say(f"resume   {state_file} at step {p.step:,}, best validation loss {p.best_val_loss:.4f}")
+        checkpoint.restore(state, state_file, model, optimizers, scaler)
+        header, saved_step = checkpoint.metadata(out_dir), None if changes else p.step
+        if changes.keys() & {"eval_rows", "block_size"}:  # losses of other validation rows cannot be compared
+            p.best_val_loss, p.best_step, p.since_best = math.inf, -1, 0
+        if p.best_step >= 0:
+            kept_loss, kept_step = float(header.get("val_loss", "inf")), int(header.get("step", -1))
+    del state
+    if broadcast_from_rank0((p, facts, kept_loss), world) != (p, facts, kept_loss):
+        raise UserError(f"the processes see different files in {out_dir}: all of them need the same disk.")
 
+    # compile the blocks in place, so that no weight's name changes
+    peak, peak_source = machine.peak_flops(device, dtype, s.peak_tflops)
+    rows_here = s.global_batch_size // world
+    work = s.max_iters * rows_here * s.block_size * model.flops_per_token(s.block_size)
+    choice = machine.pick_compile(s.compile, device, work, peak)
+    if s.compile == "auto" and p.compile is not None:
+        choice = p.compile, "as when this run began"
+    compiled, compile_reason = broadcast_from_rank0(choice, world)
+    say(f"device   {device}, {torch.get_num_threads()} threads; {machine.dtype_name(dtype)}: {dtype_reason}")
+    say(f"compile  {'on' if compiled else 'off'}: {compile_reason}")
+    say(f"peak     {peak / 1e9:,.0f} GFLOP/s, {peak_source}" if peak else "peak     unknown: --peak_tflops gives MFU")
+    if compiled:
+        machine.compile_for_training(model)
+    trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
-def loop(run: Run) -> int:
-    """Steps and evaluations until max_iters, patience, or a signal, whose number is returned."""
-    s, p, say, optimizer, scaler = run.s, run.p, run.say, run.optimizer, run.scaler
-    bad_steps = 0
-    shown_at, shown_step = time.perf_counter(), p.step
-    while True:
-        # print a sample, evaluate, keep the best model, save what a resume needs
-        if sample_is_due(run):
-            print_sample(run)
-            shown_at, shown_step = time.perf_counter(), p.step
-        if evaluation_is_due(run):
-            if run.saved is None and p.step > 0:
-                save(run)  # first, so that no trained model is ever without the state it came from
-            if not evaluation(run):
-                break  # a signal cut it short
-            save(run)
-            shown_at, shown_step = time.perf_counter(), p.step
-            if s.patience and p.since_best >= s.patience:
-                say(f"stopping: no better validation loss in {s.patience} evaluations, since {p.best_step:,}")
-                finish(run)
-                return 0
-        if p.step >= s.max_iters:
-            finish(run)
-            return 0
-        if run.steady and s.lr_schedule == "wsd" and p.step == decay_begins(s, p.lr_decay_iters):
-            save(run, "stable.pt")  # a run that is prolonged goes on from here
-            shown_at, shown_step = time.perf_counter(), p.step
-        started = time.perf_counter()
+    # a micro-batch's forward and backward pass
+    micro, replay = min(s.micro_batch_size, rows_here), None  # replay: the same, recorded as a CUDA graph
+
+    def gradients(batch: range, last: bool = True) -> torch.Tensor:
+        """Add a micro-batch's gradients to .grad; return its part of the step's loss, a mean over the step's tokens."""
+        inputs = rows.batch(batch, device)
+        if s.dropout:
+            torch.manual_seed(s.seed + batch.start)  # dropout masks depend on the row, so a resume repeats them
+        if replay and len(batch) == micro:
+            return replay(*inputs)
+        share = rows.weight(batch) / rows.weight(range(p.rows, p.rows + s.global_batch_size))
+        with nullcontext() if world == 1 or last else trained.no_sync():
+            return forward_backward(trained, inputs, world * share, autocast, scaler)  # DDP averages over processes
+
+    # try a step
+    started, first = time.perf_counter(), p.rows + rank * rows_here
+    if p.step < s.max_iters:
+        micro, compiled = try_step(gradients, model, first, rows_here, micro, compiled, s, world, say)
+        p.compile = compiled
+        if kind == "cuda" and world == 1 and not chat and s.compile != "off" and importlib.util.find_spec("fast"):
+            from fast.graphs import record_step
+
+            compute = lambda *inputs: forward_backward(model, inputs, micro / s.global_batch_size, autocast, scaler)
+            batches = [rows.batch(range(a, a + micro), device) for a in (first, first + micro)]
+            replay = record_step(compute, *batches, list(model.parameters()), machine.same_gradients, say)
+    p.seconds += time.perf_counter() - started
+    accumulation = f"micro-batch {micro} x accumulation {math.ceil(rows_here / micro)} x processes {world}"
+    say(f"step     {s.global_batch_size} rows of {s.block_size} tokens = {accumulation}")
+    say(f"run      {s.max_iters:,} steps = {s.max_iters / steps_per_epoch:.1f} epochs of {rows.describe()}")
+
+    # make the folder a model directory of this run
+    write_state = lambda path: checkpoint.save_state(path, model, optimizers, scaler, asdict(p), settings, facts)
+    save = partial(save_on_rank0, rank=rank, world=world, say=say)
+    log = Log(out_dir / "log.jsonl", rank == 0)
+    if rank == 0:
+        checkpoint.start_run(out_dir, model, folder, meta, source, resumed)
+        log.drop_after(p.step, val_loss=p.evaluated, sample=p.sampled)  # what is about to be repeated
+    for key, (old, new) in changes.items():
+        log.write(step=p.step, setting=key, old=old, new=new)
+    stop, stopping, bad_steps, logged = StopSignal(rank), False, 0, replace(p)
+
+    while not stopping:
+        # print a sample
+        untrained = p.step == 0 and s.init_from == "auto"
+        if s.sample_interval and p.step % s.sample_interval == 0 and p.sampled < p.step and not untrained:
+            p.sampled = p.step
+            if rank == 0:
+                print_sample(model, folder, meta, val_rows if chat else None, autocast, p.step, log)
+
+        # evaluate, keep the best model, save what a resume needs
+        if (p.step % s.eval_interval == 0 or p.step >= s.max_iters) and p.evaluated < p.step and not untrained:
+            loss = evaluate(model, val_rows, micro, autocast, rank, world, lambda: stop.asked)
+            if loss is None:  # a signal interrupted it
+                stopping = True
+                break
+            check_finite(model, loss, p.step, out_dir)
+            if saved_step is None and p.step and save(state_file, write_state):
+                saved_step = p.step  # before the first trained model
+            p.evaluated, p.since_best = p.step, p.since_best + 1
+            if loss < p.best_val_loss:
+                p.best_val_loss, p.best_step, p.since_best = loss, p.step, 0
+            bpb = loss / math.log(2) * meta.get("val_loss_tokens", meta["val_tokens"]) / meta["val_bytes"]
+            if loss < kept_loss and (saved_step is not None or p.step == 0):
+                header = dict(step=str(p.step), val_loss=repr(loss), val_bpb=f"{bpb:.6f}")
+                header["tokenizer_sha256"] = meta["tokenizer_sha256"]
+                if save(out_dir, partial(checkpoint.save_pretrained, model, metadata=header)):
+                    kept_loss, kept_step = loss, p.step
+            best = (kept_loss, kept_step) == (loss, p.step) and loss <= p.best_val_loss
+            report_evaluation(loss, bpb, best, p, kept_step, say, log)
+            if save(state_file, write_state):
+                saved_step = p.step
+        if p.step >= s.max_iters or (s.patience and p.since_best >= s.patience):
+            break
+        if s.lr_schedule == "wsd" and p.step == decay_begins(s):
+            check_finite(model, 0.0, p.step, out_dir)
+            save(out_dir / "stable.pt", write_state)  # a longer schedule can continue from here: docs/recipes.md
 
         # set the learning rate of this step, and the noise on its inputs
-        lr = learning_rate_at(p.step, s, p.lr_decay_iters)
-        for group in optimizer.param_groups:
+        started = time.perf_counter()
+        lr = learning_rate_at(p.step, s)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr
-        if s.token_noise:
-            run.rows.noise = s.token_noise if p.step < noise_ends(s, p.lr_decay_iters) else 0.0
+        rows.noise = s.token_noise if p.step < noise_ends(s) else 0.0
 
-        # forward and backward, one micro-batch after the other; their gradients add up
-        loss = torch.zeros((), device=run.device)
-        batches = micro_batches(run, p.step)
+        # forward and backward, one micro-batch after the other; gradients add up
+        loss = torch.zeros((), device=device)
+        batches = split(p.rows + rank * rows_here, rows_here, micro)
         for batch in batches:
-            loss += forward_backward(run, batch, last=batch is batches[-1])
+            loss += gradients(batch, last=batch is batches[-1])
 
-        # clip the gradient
-        scaler.unscale_(optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip or math.inf))
+        # clip the gradient; agree on the loss, and on whether one of the processes was asked to stop
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf))
+        shared = torch.stack((loss / world, torch.tensor(float(stop.asked > 0), device=device)))
+        if world > 1:
+            dist.all_reduce(shared)
+        loss, stopping = float(shared[0]), bool(shared[1])
 
-        # agree with the other processes on the loss, and on whether one of them was asked to stop
-        loss, stopping = agree(run, loss)
-
-        # take the step, or skip it where the numbers are not finite: float16 overflows now and then, and its scaler
-        # then halves the scale
+        # step, or skip if the numbers are not finite: float16 overflows now and then, and its scale is halved
         if math.isfinite(loss) and math.isfinite(norm):
-            scaler.step(optimizer)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
             bad_steps = 0
             p.recent_loss = loss if p.recent_loss is None else 0.9 * p.recent_loss + 0.1 * loss
         else:
-            if not math.isfinite(loss) or scaler.get_scale() <= 1:  # 1 where there is no scaler
-                bad_steps += 1
+            bad_steps += not math.isfinite(loss) or scaler.get_scale() <= 1  # the scale is 1 without a scaler
             p.skipped += 1
             say(f"!! step {p.step}: loss {loss}, gradient norm {norm}; skipped ({p.skipped} so far)")
             if bad_steps == 5:
-                raise UserError(f"five steps in a row without a finite loss or gradient. {last_good(run)}")
+                diverged("five steps without a finite loss or gradient", out_dir)
         scaler.update()
-        optimizer.zero_grad(set_to_none=run.replay is None)  # a replay adds to the tensors it was recorded with
-        p.step += 1
+        model.zero_grad(set_to_none=replay is None)  # a replay adds to the tensors it was recorded with
+        p.step, p.rows = p.step + 1, p.rows + s.global_batch_size
         p.seconds += time.perf_counter() - started
 
         # log
         if p.step % s.log_interval == 0:
-            log_step(run, loss, lr, norm, time.perf_counter() - shown_at, p.step - shown_step)
-            shown_at, shown_step = time.perf_counter(), p.step
-        if stopping:
-            break
-    save(run)
-    check_saved(run)
-    say(f"stopped at step {p.step:,}, saved. Go on with: {run.again()}")
-    return run.stop.asked or signal.SIGTERM  # where another process was asked
+            tokens, peak_of_all = rows.size(range(logged.rows, p.rows)), 0 if chat else world * peak
+            report_step(loss, lr, norm, tokens, peak_of_all, model, logged, p, s, say, log)
+            logged = replace(p)
+
+    # save what is not saved yet; the run has reached its end, or a signal stopped it
+    if saved_step != p.step:
+        check_finite(model, 0.0, p.step, out_dir)
+        if not save(state_file, write_state):
+            raise UserError(f"step {p.step:,} could not be saved (see above).")
+    if not stopping:
+        report_end(s, p, kept_loss, kept_step, chat, say)
+        return 0
+    say(f"stopped at step {p.step:,}, saved. Resume with: python train.py --out_dir={out_dir}")
+    return stop.asked or signal.SIGTERM  # if another process was asked
 
 
-def finish(run: Run):
-    """What the run has come to, and the command that uses it. UserError where its end was not saved."""
-    took = f"done: {run.p.step:,} steps in {run.p.seconds / 60:.1f} minutes"
-    if run.kept_loss < math.inf:
-        run.say(f"{took}, the model kept has validation loss {run.kept_loss:.4f}, of step {run.kept_step:,}")
-        report_other_texts(run)
-        script = "chat" if run.chat else "sample"
-        run.say(f"{script}: python {script}.py --model={shlex.quote(run.s.out_dir)}")
+# ----------------------------------------------------------------------------------------------------------------------
+# settings, data and model of a new or resumed run
+
+
+def check_folder(s: Settings):
+    """Raise UserError if there is nothing to resume, or if a new run would overwrite somebody's model."""
+    if s.init_from == "resume":
+        raise UserError(f"{s.out_dir}/state.pt not found: nothing to resume. Without --init_from=resume a run starts.")
+    # weights of step 0 are those that a run started with; all others are somebody's work
+    ours = checkpoint.metadata(Path(s.out_dir)).get("step") == "0"
+    weights = [file for file in Path(s.out_dir).glob("*model*") if file.suffix in (".safetensors", ".bin")]
+    if weights and not ours and s.init_from != "scratch":
+        remedy = f"Use another --out_dir, with --init_from={s.out_dir} to fine-tune that model."
+        raise UserError(f"{s.out_dir} holds a model and no state.pt: a run would overwrite it. {remedy}")
+
+
+def resumed_settings(s: Settings, data, given: dict, run: dict) -> tuple[Settings, object, list[str], dict]:
+    """Return the settings of a resumed run, train.py's and prepare.py's; how recipe and flags differ, as text; and the
+    changes, {setting: (old, new)}. run: the settings so far. UserError if a fixed one would change."""
+    notes, changes, refused, requested = [], {}, [], asdict(s) | asdict(data)
+    run = asdict(Settings()) | asdict(prepare.Settings()) | run  # settings may have been added since
+    for key, source in given.items():
+        old, new = run[key], requested[key]
+        same_source = key == "init_from" and (new in ("auto", "resume") or Path(new) == Path(old))
+        if new == old or key == "out_dir" or same_source:
+            continue
+        if key in FIXED:
+            refused.append(f"{key} was {old}, the {source} says {new}")
+        elif source == "flag" or key in FOLLOW:
+            run[key], changes[key] = new, (old, new)
+            best = "; the next evaluation replaces the best model" if key in ("eval_rows", "block_size") else ""
+            notes.append(f"{key}: {old} -> {new} ({source}){best}")
+        elif key in asdict(s):  # prepare.py's settings only serve to make a data set
+            notes.append(f"{key}: {old} kept, the recipe says {new}; --{key}={new} changes it")
+    if refused:
+        remedy = f"Use another --out_dir, or continue as it was: python train.py --out_dir={s.out_dir}"
+        raise UserError(f"{s.out_dir} cannot be resumed: {'; '.join(refused)}. {remedy}")
+    run["out_dir"] = s.out_dir  # the folder may have been renamed
+    pick = lambda cls: cls(**{field.name: run[field.name] for field in fields(cls)})
+    return pick(Settings), pick(prepare.Settings), notes, changes
+
+
+def limit_epochs(s: Settings, steps_per_epoch: float, p: Progress, changes: dict):
+    """Apply max_epochs: fewer steps, with a schedule and intervals that fit them. A schedule that has begun stays,
+    unless a flag changes it."""
+    asked, limit = replace(s), math.ceil(min(s.max_epochs * steps_per_epoch, s.max_iters))
+    if 0 < limit < s.max_iters:
+        s.max_iters, s.lr_decay_iters = limit, min(s.lr_decay_iters, limit)
+        for key, parts in dict(warmup_iters=4, eval_interval=4, sample_interval=4, log_interval=10).items():
+            at_ends = key != "warmup_iters" and getattr(asked, key) >= asked.max_iters  # only at start and end
+            setattr(s, key, limit if at_ends else min(getattr(asked, key), max(1, limit // parts)))
+    if s.max_iters < p.step:
+        raise UserError(f"{s.out_dir} is at step {p.step:,}, after the {s.max_iters:,} steps asked for.")
+    s.lr_decay_iters = s.lr_decay_iters or s.max_iters
+    for key in ("warmup_iters", "lr_decay_iters"):
+        if p.step and key not in changes:
+            setattr(s, key, getattr(p, key))
+        setattr(p, key, getattr(s, key))
+
+
+def make_model(s: Settings, given: dict, meta: dict, folder: Path, state: dict | None) -> tuple[SmolLM2, Path | None]:
+    """Return the model in float32 (if resumed, without its weights yet), and the directory it is fine-tuned from."""
+    source = None
+    if state is not None:
+        model = SmolLM2(state["config"])
+    elif s.init_from == "auto":
+        shape, eos = {key: getattr(s, key) for key in SHAPE}, meta["eos_token_id"]
+        shape["head_dim"] = s.head_dim or s.hidden_size // s.num_attention_heads
+        shape["max_position_embeddings"] = s.max_position_embeddings or s.block_size
+        shape["initializer_range"] = s.initializer_range or s.hidden_size**-0.5
+        try:
+            model = SmolLM2(SmolLM2Config(**shape, vocab_size=meta["vocab_size"], bos_token_id=eos, eos_token_id=eos))
+        except ValueError as error:  # 7 heads with 3 key/value heads, an odd head_dim
+            raise UserError(str(error)) from None
     else:
-        run.say(f"{took}, and no model of them was kept")
-    if run.p.evaluated == run.p.step:  # with max_iters=0 there is nothing to evaluate, nor to save
-        check_saved(run)
+        source = checkpoint.find(s.init_from)
+        model, _ = checkpoint.load(source, dtype=torch.float32, fast=False)
+        if file_sha256(source / "tokenizer.json") != meta["tokenizer_sha256"]:
+            remedy = f"Make another --dataset with --input and --tokenizer={s.init_from}."
+            raise UserError(f"{folder} was made with another tokenizer than {s.init_from} has. {remedy}")
+        shape = {key: getattr(model.config, key) for key in SHAPE if key in given}
+        if wrong := [f"{key}={getattr(s, key)} (it has {has})" for key, has in shape.items() if getattr(s, key) != has]:
+            raise UserError(f"{s.init_from} is fine-tuned in its own shape: leave out {', '.join(wrong)}.")
+        if meta["eos_token_id"] not in model.config.eos_ids:  # an -Instruct model ends turns; our documents end, too
+            model.config.eos_token_id = [*sorted(model.config.eos_ids), meta["eos_token_id"]]
+    if s.block_size > (limit := model.config.max_position_embeddings):
+        raise UserError(f"--block_size={s.block_size} is longer than the model's context of {limit} positions.")
+    return model, source
 
 
-def check_saved(run: Run):
-    """UserError where the last step is not in state.pt."""
-    if run.saved != run.p.step:
-        earlier = f"Go on from step {run.saved:,} with: {run.again()}" if run.saved is not None else "Nothing was, yet."
-        raise UserError(f"ended at step {run.p.step:,}, which was not saved (see above). {earlier}")
+# ----------------------------------------------------------------------------------------------------------------------
+# a step
 
 
-def agree(run: Run, loss: torch.Tensor) -> tuple[float, bool]:
-    """The mean loss of all processes, and whether any of them was asked to stop: one small exchange a step."""
-    shared = torch.stack((loss / run.world, torch.tensor(float(run.stop.asked > 0), device=run.device)))
-    if run.world > 1:
-        dist.all_reduce(shared)
-    return float(shared[0]), bool(shared[1])
+def split(first: int, count: int, micro: int) -> list[range]:
+    """Split the rows first .. first + count - 1 into micro-batches; the last may be shorter."""
+    return [range(a, min(a + micro, first + count)) for a in range(first, first + count, micro)]
 
 
-def log_step(run: Run, loss: float, lr: float, norm: float, seconds: float, steps: int):
-    """A line on the terminal and one in log.jsonl. `seconds`: what the `steps` since the last line took together."""
-    s, p = run.s, run.p
-    rows = range((p.step - steps) * s.global_batch_size, p.step * s.global_batch_size)
-    rate, speed = run.rows.size(rows) / seconds, run.model.flops_per_token(s.block_size)
-    if run.chat:  # the head is for what is learnt alone
-        head = 6 * run.model.config.vocab_size * run.model.config.hidden_size
-        speed -= head * (1 - run.rows.weight(rows) / run.rows.size(rows))
-    speed *= rate / run.world
-    seconds /= steps
-    if run.peak_source == "measured":  # perhaps while the machine was busy: a faster step corrects it
-        run.peak = max(run.peak, speed)
-    mfu = speed / run.peak if run.peak else None
+def forward_backward(model, inputs, share: float, autocast, scaler) -> torch.Tensor:
+    """Add a micro-batch's gradients to .grad, and return its share of the step's loss."""
+    with autocast():
+        _, loss = model(*inputs, loss_only=True)
+    loss = loss * share
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def try_step(gradients, model, first, rows_here, micro, compiled, s, world, say) -> tuple[int, bool]:
+    """Run forward and backward passes, so that out-of-memory and compile errors surface before anything is written.
+    Return the micro-batch that fits into memory, and whether the blocks stay compiled."""
+    while True:
+        batches, moments = split(first, rows_here, micro), []
+        try:
+            if first < s.global_batch_size:  # room for the optimizer's averages, which a resumed run has already
+                moments += [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+            # two, since the second needs memory for the gradients of the first; the last may be shorter
+            for batch in batches[:2] + batches[2:][-1:]:
+                gradients(batch)
+            if compiled:
+                machine.check_compiled(partial(gradients, batches[0]), model)
+            return micro, compiled
+        except Exception as error:
+            text = first_line(error)
+            if machine.out_of_memory(error) and micro > 1 and world == 1:
+                micro //= 2
+                say(f"!! out of memory: micro-batch {micro}, still {s.global_batch_size} rows a step")
+            elif machine.out_of_memory(error):
+                smaller = "--micro_batch_size" if micro > 1 else "--block_size, or a smaller model"
+                raise UserError(f"out of memory ({text}). Try a smaller {smaller}.") from None
+            elif not compiled:
+                raise
+            elif s.compile == "on" or world > 1:
+                raise UserError(f"compiling failed ({text}). Train without: --compile=off") from None
+            else:
+                compiled = False
+                machine.undo_compile(model)
+                say(f"!! compiling failed ({type(error).__name__}: {text}); continuing without")
+        finally:
+            moments.clear()
+            model.zero_grad(set_to_none=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is checked, printed and logged
+
+
+def check_finite(model, loss: float, step: int, out_dir: Path):
+    """Raise UserError if a weight or the loss is not finite, so that no such model is ever saved."""
+    if not (math.isfinite(loss) and all(bool(torch.isfinite(w).all()) for w in model.parameters())):
+        diverged(f"weights or loss are not finite at step {step:,}", out_dir)
+
+
+def diverged(problem: str, out_dir: Path):
+    again = "Resume from state.pt" if Path(out_dir, "state.pt").is_file() else "Start again"
+    raise UserError(f"{problem}, and nothing was saved. {again} with a lower --learning_rate and --out_dir={out_dir}.")
+
+
+def report_step(loss, lr, norm, tokens, peak, model, before, p, s, say, log):
+    """Report a step, with the speed since the line before: `tokens` were read."""
+    rate = tokens / (p.seconds - before.seconds)
+    mfu = model.flops_per_token(s.block_size) * rate / peak if peak else None
+    seconds = (p.seconds - before.seconds) / (p.step - before.step)
     eta = int((s.max_iters - p.step) * seconds)
-    run.say(
+    say(
         f"step {p.step:>6} | loss {loss:.4f} | lr {lr:.2e} | grad {norm:.2f} | {1000 * seconds:,.0f} ms | "
         f"{rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | eta {eta // 60}m{eta % 60:02d}s"
     )
-    if run.rank == 0:
-        run.log.write(
-            step=p.step, loss=loss, lr=lr, grad_norm=norm, tok_per_s=round(rate, 1), mfu=mfu and round(mfu, 4),
-            seconds=round(p.seconds, 1),
-        )  # fmt: skip
+    speed = dict(tok_per_s=round(rate, 1), mfu=mfu and round(mfu, 4), seconds=round(p.seconds, 1))
+    log.write(step=p.step, loss=loss, lr=lr, grad_norm=norm, **speed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# evaluation
-
-
-def evaluation_is_due(run: Run) -> bool:
-    """Every eval_interval steps and at the end; before step 1 only where there is a model worth measuring."""
-    s, p = run.s, run.p
-    now = p.step % s.eval_interval == 0 or p.step >= s.max_iters
-    return now and p.evaluated < p.step and (p.step > 0 or run.origin not in ("auto", "scratch"))
-
-
-def evaluation(run: Run) -> bool:
-    """Evaluate, keep the model if it is the best, print a sample; False if a signal cut it short."""
-    p, meta = run.p, run.meta
-    check_sound(run)
-    if p.step == 0:
-        p.other_texts = other_texts(run, run.model)
-    started = time.perf_counter()
-    run.model.eval()
-    loss = evaluate(run.model, run.val_rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
-    run.model.train()
-    if loss is None:
-        return False
-    took = time.perf_counter() - started
-    p.evaluated, p.since_best = p.step, p.since_best + 1
-    if loss < p.best_val_loss:
-        p.best_val_loss, p.best_step, p.since_best = loss, p.step, 0
-    bpb = loss / math.log(2) * meta.get("val_loss_tokens", meta["val_tokens"]) / meta["val_bytes"]
+def report_evaluation(loss, bpb, best, p, kept_step, say, log):
+    """Report an evaluation, and name overfitting."""
     perplexity = math.exp(min(loss, 99))
-    kept = keep_best(run, loss, bpb)
     gap = "" if p.recent_loss is None else f" | train {p.recent_loss:.4f} | gap {loss - p.recent_loss:+.4f}"
-    run.say(
-        f"eval {p.step:>6} | val {loss:.4f} | ppl {perplexity:.2f} | {bpb:.4f} bits per byte{gap} | {took:.1f} s"
-        + (" | best so far" if kept else "")
-    )
-    if p.since_best >= 3 and run.kept_step >= 0:
-        run.say(f"     overfitting since step {p.best_step:,}; {run.out_dir} holds the model of step {run.kept_step:,}")
-    if run.rank == 0:
-        run.log.write(
-            step=p.step, val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss, best=kept,
-            seconds=round(p.seconds, 1),
-        )  # fmt: skip
-    return True
+    end = " | best so far" if best else ""
+    say(f"eval {p.step:>6} | val {loss:.4f} | ppl {perplexity:.2f} | {bpb:.4f} bits per byte{gap}{end}")
+    if p.since_best >= 3 and kept_step >= 0:
+        say(f"     overfitting since step {p.best_step:,}; the model of step {kept_step:,} is kept")
+    figures = dict(val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss)
+    log.write(step=p.step, **figures, best=best, seconds=round(p.seconds, 1))
 
 
-def keep_best(run: Run, loss: float, bpb: float) -> bool:
-    """Write the model unless the folder holds one as good: of an earlier evaluation, or of the end of a wsd schedule
-    that was stretched. Whether it holds this one then."""
-    step = run.p.step
-    if loss < run.kept_loss and (run.saved is not None or step == 0):
-        header = dict(step=str(step), val_loss=repr(loss), val_bpb=f"{bpb:.6f}")
-        header["tokenizer_sha256"] = run.meta["tokenizer_sha256"]
-        try:
-            if run.rank == 0:
-                checkpoint.save_pretrained(run.model, run.out_dir, header)
-            written = True
-        except OSError as error:
-            run.say(f"!! the model could not be written ({error}); the previous one is kept and training goes on")
-            written = False
-        if broadcast_from_rank0(written, run.world):
-            run.kept_loss, run.kept_step = loss, step
-    # the same loss again: after a kill between model and state.pt. A worse one than the best: that could not be written
-    return run.kept_step == step and run.kept_loss == loss <= run.p.best_val_loss
+def report_end(s, p, kept_loss, kept_step, chat, say):
+    """Report what the run has reached, and print the commands that continue it and use its model."""
+    say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes{', out of patience' if p.step < s.max_iters else ''}")
+    if kept_step >= 0:
+        say(f"the model kept has validation loss {kept_loss:.4f}, of step {kept_step:,}")
+    longer = f"--max_iters={2 * p.step} --lr_decay_iters={2 * p.step} --max_epochs=0 --patience=0"
+    say(f"train longer: python train.py --out_dir={s.out_dir} {longer}")
+    say(f"try it: python {'chat' if chat else 'sample'}.py --model={s.out_dir}")
 
 
-def other_texts(run: Run, model: SmolLM2) -> dict[str, float]:
-    """Bits per byte of each text of also_eval, over at most eval_rows rows; of those alone that have such a figure: a
-    signal cuts some short, and float16 may overflow."""
-    found = {}
-    model.eval()
-    for file, (ids, size) in run.other_texts.items():
-        rows = text_rows(ids, run.s.block_size, run.s.block_size, run.s.eval_rows)
-        loss = evaluate(model, rows, run.micro, run.autocast, run.rank, run.world, lambda: run.stop.asked)
-        if loss is not None and math.isfinite(loss):
-            found[file] = loss / math.log(2) * len(ids) / size
-    model.train()
-    return found
-
-
-def report_other_texts(run: Run):
-    """What the kept model makes of the texts of also_eval, beside what the first one made of them."""
-    if not run.other_texts:
-        return
-    if run.world > 1:
-        dist.barrier()  # the first process may still be writing it
-    kept = run.model
-    if run.kept_step != run.p.step or run.kept_loss != run.p.best_val_loss:
-        kept, _ = checkpoint.load(run.out_dir, run.device, torch.float32)
-    for file, bits in other_texts(run, kept).items():
-        before = run.p.other_texts.get(file)
-        change = f", {before:.4f} before ({bits / before - 1:+.1%})" if before else ""
-        run.say(f"also     {file}: {bits:.4f} bits per byte{change}")
-
-
-def sample_is_due(run: Run) -> bool:
-    """Every sample_interval steps; before step 1 only where there is a model worth reading."""
-    s, p = run.s, run.p
-    now = s.sample_interval and p.step % s.sample_interval == 0
-    return bool(now) and p.sampled < p.step and (p.step > 0 or run.origin not in ("auto", "scratch"))
-
-
-def print_sample(run: Run):
-    """A hundred tokens after a line break, by model.py itself, so that a change of the architecture shows."""
-    run.p.sampled = run.p.step
-    if run.rank > 0:
-        return
-    prompt = run.tokenizer.encode("\n", add_special_tokens=False).ids or [run.meta["eos_token_id"]]
-    if run.chat:  # a held-out question, of one of the shorter conversations
-        inputs, targets = (rows[-1] for rows in run.val_rows[:2])
+def print_sample(model, folder: Path, meta: dict, val_rows, autocast, step: int, log):
+    """Print and log a hundred tokens after a line break, or the answer to a held-out question, by model.py."""
+    tokenizer = checkpoint.read_tokenizer(folder)
+    prompt = tokenizer.encode("\n", add_special_tokens=False).ids or [meta["eos_token_id"]]
+    if val_rows is not None:  # conversations: the last row has one of the shorter ones
+        inputs, targets = (rows[-1] for rows in val_rows[:2])
         prompt = inputs[: int((targets != -100).nonzero()[0]) + 1].tolist()
-    run.model.eval()
-    with torch.compiler.set_stance("force_eager"), run.autocast():
-        steps = generate(run.model, prompt, max_new_tokens=100, seed=run.p.step, fast=False)
-        text = run.tokenizer.decode([int(ids) for ids in steps])
-    run.model.train()
-    run.say("     " + text.strip().replace("\n", "\n     "))
-    run.log.write(step=run.p.step, sample=text)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# before the loop
-
-
-def shorten(s: Settings, most: float):
-    """Where the data are short: fewer steps, and a schedule and intervals that fit them. most: steps; 0, no limit."""
-    asked = s.max_iters
-    if not 0 < most <= asked - 1:  # rounded up, it would be no fewer
-        return
-    s.max_iters = math.ceil(most)
-    s.lr_decay_iters = min(s.lr_decay_iters, s.max_iters)
-    for key, parts in dict(warmup_iters=4, eval_interval=4, sample_interval=4, log_interval=10).items():
-        at_ends = key != "warmup_iters" and getattr(s, key) >= asked  # asked for at both ends alone
-        setattr(s, key, s.max_iters if at_ends else min(getattr(s, key), max(1, s.max_iters // parts)))
-
-
-def make_model(s: Settings, meta: dict, folder: Path, state: dict | None) -> tuple[SmolLM2, Path | None]:
-    """The model in fp32, and the directory it is fine-tuned from, None where it is resumed or new. The weights of a
-    state follow when there is an optimizer to take its part."""
-    source_dir = None
-    if state is not None:
-        model = SmolLM2(state["config"])
-    elif s.init_from in ("auto", "scratch"):
-        same = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-        same += "rope_theta rms_norm_eps tie_word_embeddings".split()
-        config = SmolLM2Config(
-            **{key: getattr(s, key) for key in same},
-            vocab_size=meta["vocab_size"], bos_token_id=meta["eos_token_id"], eos_token_id=meta["eos_token_id"],
-            head_dim=s.head_dim or s.hidden_size // s.num_attention_heads,
-            max_position_embeddings=s.max_position_embeddings or s.block_size,
-            initializer_range=s.initializer_range or s.hidden_size**-0.5,
-        )  # fmt: skip
-        model = SmolLM2(config)
-    else:
-        source_dir = checkpoint.find(s.init_from)
-        model, _ = checkpoint.load(source_dir, dtype=torch.float32)  # whatever the file holds
-        if file_sha256(source_dir / "tokenizer.json") != meta["tokenizer_sha256"]:
-            raise UserError(
-                f"{folder} was made with another tokenizer than {s.init_from} has. Give another --dataset, with "
-                f"--input and --tokenizer={s.init_from}: train.py makes it."
-            )
-        new, has = asdict(Settings()), vars(model.config)  # what differs from the default was given: not to be ignored
-        shape = [key for key in FIXED if key in has and getattr(s, key) not in (new[key], has[key])]
-        if shape:
-            given = "; ".join(f"--{key}={getattr(s, key)} was given, it has {has[key]}" for key in shape)
-            raise UserError(f"{s.init_from} is fine-tuned as it is: {given}. Leave them out, or give its own.")
-        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-            raise UserError(f"{s.init_from} holds weights that are not finite.")
-        if meta["eos_token_id"] not in model.config.eos_ids:  # an -Instruct model ends a turn, our documents end too
-            model.config.eos_token_id = [*sorted(model.config.eos_ids), meta["eos_token_id"]]
-    limit = model.config.max_position_embeddings
-    if s.block_size > limit:
-        raise UserError(f"--block_size={s.block_size} is beyond the model's context of {limit} positions.")
-    return model, source_dir
-
-
-def announce(run: Run):
-    """What is about to happen, in numbers."""
-    s, p, say, meta = run.s, run.p, run.say, run.meta
-    n = run.model.num_parameters()
-    steps_per_epoch = run.rows.per_epoch / s.global_batch_size
-    accumulation = math.ceil(run.rows_here / run.micro)
-    say(
-        f"data     {run.folder}: {meta['source']}, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens"
-    )
-    warn_of_text(run)
-    if run.chat:
-        say(f"talks    {run.rows.describe()}")
-    say(f"model    {n['total']:,} parameters = {n['embeddings']:,} embeddings + {n['backbone']:,} backbone")
-    say(
-        f"step     micro-batch {run.micro} x accumulation {accumulation} x processes {run.world} = "
-        f"{s.global_batch_size} rows x {s.block_size} tokens = {run.step_tokens:,} tokens"
-    )
-    limit = f": max_epochs={s.max_epochs:g}, instead of {run.asked.max_iters:,}" if run.shortened else ""
-    epochs = s.max_iters / steps_per_epoch
-    say(f"epochs   {steps_per_epoch:.1f} steps each, {epochs:.1f} in {s.max_iters:,} steps{limit}")
-    if s.token_noise:
-        until = f" until step {noise_ends(s, p.lr_decay_iters):,}" if s.noise_until < 1 else ""
-        say(f"noise    {100 * s.token_noise:g}% of the input tokens{until}")
-    # config/smol_shakespeare.py has 364 on Tiny Shakespeare, the tiny recipe 2
-    scratch, per_token = p.step == 0 and run.origin in ("auto", "scratch"), n["total"] / meta["train_tokens"]
-    if scratch and per_token > 100 and epochs > 1:
-        advice = "config/tiny_shakespeare.py suits a short text" if n["total"] > 10**7 else "more text would help most"
-        say(
-            f"!! {per_token:,.0f} parameters for each token of the text: within a few epochs the model knows it by "
-            f"heart. What is kept is the best model on the way; {advice}."
-        )
-    elif scratch and not run.chat and not s.dropout and per_token > 10 and epochs > 4:
-        say(
-            "!! a text this short is soon known by heart. More is learnt of it with a smaller model, as "
-            "config/ten_seconds.py has, or with --dropout=0.1 --token_noise=0.1 --weight_decay=1.5 --max_epochs=15."
-        )
-    say(f"device   {run.device}, {torch.get_num_threads()} threads; {str(run.dtype)[6:]}: {run.dtype_reason}")
-    say(f"compile  {'on' if run.compiled else 'off'}: {run.compile_reason}")
-    if run.peak:
-        say(f"peak     {run.peak / 1e9:,.0f} GFLOP/s, {run.peak_source}")
-    else:
-        say("peak     unknown, so no MFU: --peak_tflops")
-    if run.resumed:
-        best = min(p.best_val_loss, run.kept_loss)
-        say(f"resume   {run.state_file} at step {p.step:,}, best validation loss {best:.4f}")
-        if s.max_iters > p.lr_decay_iters and s.lr_schedule != "constant":
-            stretched = run.again(lr_decay_iters=s.max_iters, accept_changes="lr_decay_iters")
-            say(
-                f"!! the schedule ends at step {p.lr_decay_iters:,}, and the rest runs at min_lr={s.min_lr:g}. To "
-                f"stretch it: {stretched}"
-            )
-        cut = p.step < s.max_iters < p.lr_decay_iters != run.asked.lr_decay_iters
-        if cut and s.lr_schedule != "constant":
-            limit, whole = "max_iters", run.again(lr_decay_iters=s.max_iters, accept_changes="lr_decay_iters")
-            remedy = f"To end the schedule there, too: {whole}"
-            if run.shortened:
-                limit, whole = f"max_epochs={s.max_epochs:g}", dict(max_epochs=0, max_iters=p.lr_decay_iters)
-                remedy = f"To go on to there: {run.again(**whole, eval_interval=s.eval_interval)}"
-            say(
-                f"!! {limit} ends the run at step {s.max_iters:,}, before its schedule ends at {p.lr_decay_iters:,}. "
-                + remedy
-            )
-
-
-def warn_of_text(run: Run):
-    """Where the data are not of the text that one would expect: of the play, or of an input that has changed since."""
-    name, meta = run.folder.name, run.meta
-    anew = prepare.command(name, meta)
-    if meta["source"] == prepare.PLAY.name and meta.get("input", "") in ("", "shakespeare"):
-        run.say(f"!! this is the play, taken without a network. For Tiny Shakespeare: {anew} (and another --out_dir)")
-    if run.rank == 0 and prepare.text_changed(name, meta):
-        run.say(
-            f"!! {run.folder} was made of the text as it was, its input has changed since, and this run takes the old "
-            f"one. For the new one: {anew} (and another --out_dir, or delete {run.out_dir})"
-        )
-
-
-def already_finished(run: Run) -> bool:
-    """Whether the run had come to its end before; prints what would continue it."""
-    s, p = run.s, run.p
-    if p.step >= s.max_iters and p.evaluated == p.step:
-        longer = dict(max_iters=2 * s.max_iters) | (dict(max_epochs=0) if s.max_epochs else {})
-        if run.shortened:
-            longer |= dict(eval_interval=s.eval_interval)
-        if s.lr_schedule != "constant" and p.lr_decay_iters < longer["max_iters"]:
-            longer |= dict(lr_decay_iters=longer["max_iters"], accept_changes="lr_decay_iters")
-        if not s.max_iters:  # an evaluation alone: the recipe's own steps are left
-            longer = dict(max_iters=None)
-        run.say(f"finished at step {p.step:,}. More steps: {run.again(**longer)}")
-        return True
-    if run.resumed and s.patience and p.since_best >= s.patience:
-        run.say(f"stopped by patience at step {p.step:,}. To go on: {run.again(patience=2 * s.patience)}")
-        return True
-    return False
-
-
-def set_up(run: Run):
-    """Make everything ready for the first step; nothing is written yet."""
-    if run.compiled:  # in place, so no name gets a prefix
-        compile_for_training(run.model)
-    run.trained = run.model  # what forward is called on: the model, or DDP's wrapper around it
-    if run.world > 1:
-        torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in pieces
-        run.trained = DistributedDataParallel(run.model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    run.stop = StopSignal(run.rank)
-
-
-def begin(run: Run):
-    """Make the folder a complete model directory of this run: what an earlier one left goes, what a killed one left
-    half-written, and log.jsonl's lines after the step that it goes on from."""
-    s, p, out_dir, model = run.s, run.p, run.out_dir, run.model
-    first_save = p.step if evaluation_is_due(run) else (p.step // s.eval_interval + 1) * s.eval_interval
-    every = f"first at step {min(s.max_iters, first_save):,}, then every {s.eval_interval:,} steps"
-    run.say(f"saves    to {out_dir}, {every}")
-    if run.rank == 0:
-        for name in ("state.pt", "stable.pt", "log.jsonl", *checkpoint.FILES):
-            (out_dir / f"{name}.tmp").unlink(missing_ok=True)
-        for name in ("state.pt", "stable.pt", "log.jsonl", "model.safetensors") if not run.resumed else ():
-            (out_dir / name).unlink(missing_ok=True)
-    if run.state_file.name == "stable.pt" and not save(run):  # log.jsonl is about to lose what comes after its step
-        raise UserError("state.pt must be written to go back to that step. Nothing has changed.")
-    if run.steady and s.lr_schedule == "wsd" and 0 <= decay_begins(s, p.lr_decay_iters) < p.step:
-        save(run, "stable.pt")  # a shorter schedule: the loop comes too late for it
-    if run.rank > 0:
-        return
-    if not run.resumed or not (out_dir / "tokenizer.json").is_file():
-        tokenizer, eos = run.folder / "tokenizer.json", run.meta["eos_token"]
-        template = run.folder / "chat_template.jinja" if run.chat else None
-        context = model.config.max_position_embeddings
-        checkpoint.save_tokenizer(out_dir, tokenizer, eos, context, run.source_dir, template)
-    if not run.resumed:
-        first_weights = dict(step="0", tokenizer_sha256=run.meta["tokenizer_sha256"])
-        if run.source_dir is None:
-            first_weights["untrained"] = "true"
-        checkpoint.save_pretrained(model, out_dir, first_weights)
-    run.log = Log(out_dir / "log.jsonl", p.step, p.evaluated, p.sampled, run.say)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# stopping and saving
-
-
-class StopSignal:
-    """Ctrl-C, SIGTERM or a lost terminal: the first asks the run to save and end at the next safe point, the second
-    quits at once."""
-
-    def __init__(self, rank: int):
-        self.asked, self.rank = 0, rank  # asked: the signal's number, 0 if there was none
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup has it ignored
-            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = number
-        text = f"\n{signal.Signals(number).name}: saving at the end of this step; once more to quit at once\n"
-        if self.rank == 0:
-            with suppress(OSError):
-                os.write(1, text.encode())  # not print(), which the signal may have interrupted
-
-
-def check_sound(run: Run):
-    """UserError where there is nothing to go on from: a weight is not finite, or neither the next rows nor validation
-    rows have a finite loss and gradient. Finite weights that are far too large have a finite loss and no gradient."""
-    if run.sound == run.p.step:
-        return
-    first = run.p.step * run.s.global_batch_size  # the same rows in every process, so that all decide alike
-    finite = all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
-    tried = (lambda: run.rows.batch(range(first, first + run.micro), run.device), lambda: validation_batch(run))
-    for rows in tried if finite else ():
-        seed_dropout(run, first)
-        with run.autocast():
-            _, loss = run.model(*rows(), loss_only=True)
-        numbers = (loss, *torch.autograd.grad(loss, list(run.model.parameters())))
-        if all(bool(torch.isfinite(t).all()) for t in numbers):
-            run.sound = run.p.step
-            return
-    raise UserError(
-        f"weights, loss or gradient are not finite at step {run.p.step:,}, so nothing was saved. {last_good(run)}"
-    )
-
-
-def validation_batch(run: Run) -> tuple[torch.Tensor, ...]:
-    """A micro-batch of validation rows, repeated where there are fewer, so that it has the shape of the others."""
-    chosen = torch.arange(run.micro) % len(run.val_rows[0])
-    return tuple(to_device(rows[chosen], run.device) for rows in run.val_rows)
-
-
-def last_good(run: Run) -> str:
-    """What is left of a run whose numbers went wrong, and how to go on."""
-    if run.saved is None:
-        return f"{run.out_dir} has no checkpoint yet: start over with a lower --learning_rate."
-    return (
-        f"{run.out_dir}/state.pt is of step {run.saved:,} and whole; go on from it with a lower --learning_rate and "
-        "--accept_changes=learning_rate."
-    )
-
-
-def save(run: Run, name: str = "state.pt") -> bool:
-    """state.pt, or another file of its kind, by the first process. A full disk is said and ends no run before its last
-    step: False then, in all processes."""
-    check_sound(run)
-    file, written = run.out_dir / name, True
-    try:
-        if run.rank == 0:
-            settings = asdict(run.asked) | {"init_from": run.origin}
-            checkpoint.save_state(file, run.model, run.optimizer, run.scaler, asdict(run.p), settings, run.facts)
-    except OSError as error:
-        earlier = "the previous one is kept" if file.is_file() else "there is none yet"
-        run.say(f"!! {file} could not be written ({error}); {earlier}")
-        written = False
-    written = broadcast_from_rank0(written, run.world)
-    if written and name == "state.pt":
-        run.saved = run.p.step
-    return written
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), autocast():
+        steps = generate(model, prompt, max_new_tokens=100, seed=step, fast=False)
+        text = tokenizer.decode([int(ids) for ids in steps])
+    model.train()
+    print_safe("     " + text.strip().replace("\n", "\n     "))
+    log.write(step=step, sample=text)
 
 
 if __name__ == "__main__":

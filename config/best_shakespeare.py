@@ -1,8 +1,8 @@
-# The lowest loss on Shakespeare we have reached from scratch: three million parameters, kept from knowing it by heart.
+# The lowest loss on Shakespeare we have reached from scratch: three million parameters, kept from memorizing it.
 #   python train.py config/best_shakespeare.py        # twenty minutes on two CPU cores
 out_dir = "out/best_shakespeare"
 dataset = "shakespeare_1k"
-input = "shakespeare"  # Tiny Shakespeare, which is downloaded if it is not there
+input = "shakespeare"  # Tiny Shakespeare, downloaded if necessary
 vocab_size = 1024
 
 hidden_size = 256
@@ -15,15 +15,15 @@ block_size = 256
 global_batch_size = 8
 micro_batch_size = 8
 max_iters = 3500
-max_epochs = 18  # of a shorter text than Tiny Shakespeare
+max_epochs = 18  # for a text shorter than Tiny Shakespeare
 optimizer = "muon"
 learning_rate = 4e-3
 min_lr = 0.0
 warmup_iters = 50
-# three ways against memorizing (docs/recipes.md)
+# against memorizing, see docs/recipes.md
 weight_decay = 1.5
 token_noise = 0.1
-noise_until = 0.85  # the last 525 steps learn from the text as it is
+noise_until = 0.85  # the last 525 steps train on the unchanged text
 dropout = 0.1
 
 eval_interval = 500

@@ -1,4 +1,4 @@
-# Half a million parameters, in ten seconds on two CPU cores (Intel Xeon). It goes on top of config/tiny_shakespeare.py.
+# Half a million parameters, in ten seconds on two CPU cores (Intel Xeon). Add it to config/tiny_shakespeare.py.
 #   python train.py config/tiny_shakespeare.py config/ten_seconds.py
 out_dir = "out/ten_seconds"
 
@@ -7,9 +7,9 @@ intermediate_size = 352  # 8/3 of 128, rounded to 32
 num_attention_heads = 2
 
 block_size = 128
-global_batch_size = 4  # 512 tokens a step: at first, more steps teach more than surer ones
+global_batch_size = 4  # 512 tokens a step: at first, more steps help more than less noisy ones
 micro_batch_size = 4
-max_iters = 260  # a third of the text, once, so nothing is memorized
+max_iters = 260  # they see a third of the text, once, so nothing is memorized
 learning_rate = 12e-3
 weight_decay = 0.1
 

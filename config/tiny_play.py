@@ -1,4 +1,4 @@
-# A small SmolLM2 on the play of this repository: the first half of a chat model from scratch, without any download.
+# A small SmolLM2 on the play in this repository: the first half of a chat model from scratch, without a download.
 #   python train.py config/tiny_play.py
 #   python train.py config/tiny_chat.py       # the second half: conversations
 #   python train.py config/tiny_play.py --input=notes.txt --dataset=notes --out_dir=out/notes_play   # a short text
@@ -13,16 +13,16 @@ num_hidden_layers = 2
 num_attention_heads = 3
 num_key_value_heads = 1
 
-block_size = 512  # the context of the chat model, too
+block_size = 512  # also the context of the chat model
 global_batch_size = 4
 micro_batch_size = 4
 max_iters = 250
-max_epochs = 15.5  # of a shorter text than the play
+max_epochs = 15.5  # for a text shorter than the play
 optimizer = "muon"
 learning_rate = 4e-3
 min_lr = 1e-4
 warmup_iters = 20
-# three ways against memorizing a short text: 2.06, where config/tiny_shakespeare.py ends at 2.17
+# against memorizing a short text: 2.06 bits per byte, while config/tiny_shakespeare.py reaches 2.17
 weight_decay = 1.5
 token_noise = 0.1
 dropout = 0.1

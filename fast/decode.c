@@ -1,10 +1,10 @@
 /*
 One token of a text, or of several, through SmolLM2 on a CPU: model.py's forward pass. step(), at the end, is all of it.
 
-decode.py compiles this file when it is first needed and calls step(); the structs are laid out there once more: change
-both. A token costs a walk over all weights, once, with two operations for each: in bf16 the processor waits for memory.
-PyTorch adds to that some 700 calls with a few microseconds each and products that were made for many rows; here each
-thread reads its share of every matrix from front to back. Activations are fp32, and int8 where they meet int8 weights.
+decode.py compiles this file when it is first needed and calls step(). It repeats the structs: change both. A token is
+one walk over all weights, with two operations for each: in bf16 the processor waits for memory. PyTorch adds to that
+some 700 calls of a few microseconds each and products made for many rows; here each thread reads its share of every
+matrix from front to back. Activations are fp32, and int8 when they meet int8 weights.
 
 Shapes: B texts, C hidden, I intermediate, H query heads, K key/value heads, G = H / K, D head dim, V vocabulary.
 */
@@ -92,7 +92,7 @@ INLINE void dots(int kind, const void *row, int B, const float *x, int n, float 
 }
 
 /* int8 weights meet activations that are int8 too, with a scale for every BYTES_BLOCK of them: four products of bytes
-   and their sum are one instruction on most processors, where widening the weights takes longer than memory does. */
+   and their sum are one instruction on most processors; widening the weights would take longer than reading them. */
 #define BYTES_BLOCK 32
 typedef float Floats __attribute__((vector_size(64), aligned(4))); /* GCC and Clang compute with these types, in */
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4))); /* whatever vectors the processor has */
@@ -130,7 +130,7 @@ INLINE void to_bytes(const float *x, int n, int8_t *bytes, float *scale) { /* on
         int to = from + BYTES_BLOCK < n ? from + BYTES_BLOCK : n;
         float largest = 0, nan = 0;
         for (int i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest, nan += x[i] * 0;
-        if (nan != 0) largest = 0; /* x * 0 is NaN where x is infinite or NaN: then the scale is NaN, too */
+        if (nan != 0) largest = 0; /* x * 0 is NaN if x is infinite or NaN: then the scale is NaN, too */
         float back = largest > 1e-30f ? 127 / largest : 0;
         for (int i = from; i < to; i++) bytes[i] = back ? x[i] * back + (x[i] < 0 ? -0.5f : 0.5f) : 0; /* rounds */
         for (int i = from; i < to; i += 4) scale[i / 4] = largest / 127 + nan;
@@ -153,8 +153,8 @@ INLINE float dot_bytes(const int8_t *w, const int8_t *x, const float *scale, int
 /* ---------------------------------------------------------------------------------------------------------------------
    the parts */
 
-/* Where a row of n numbers of `size` bytes is, and a request for what lies AHEAD bytes after it: the processor looks
-   ahead itself, but only to the end of a page of 4 KB. Addresses behind the data do no harm. */
+/* Return the address of a row of n numbers of `size` bytes, and prefetch what lies AHEAD bytes after it: the processor
+   itself looks ahead only to the end of a page of 4 KB. Addresses behind the data do no harm. */
 #define AHEAD 8192
 INLINE const void *fetch(const void *data, long start, int n, int size) {
     const char *row = (const char *)data + start * size;
@@ -271,7 +271,7 @@ static void merge(const Model *m, int b, int blocks, float *attended) { /* the p
 
 static void project(const Model *m, const Layer *layer, const float *x, int head, int position) {
     /* One head of the queries, keys or values, counted in this order: queries and keys are rotated, keys and values go
-       to the cache. multiply() fills the rows of this head alone, in the place that they have among all heads. */
+       to the cache. multiply() fills the rows of this head alone, at their place among all heads. */
     int D = m->D, H = m->H, K = m->K, query = head < H, key = !query && head < H + K;
     float own[m->B * K * D], *y = query ? m->q : own;
     int i = query ? head : (head - H) % K;
@@ -285,7 +285,7 @@ static void project(const Model *m, const Layer *layer, const float *x, int head
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
-   the whole: each thread does its share of the rows, and waits for the others where the next part needs all of them */
+   the whole: each thread does its share of the rows, and waits for the others when the next part needs all of them */
 
 #define FROM_TO(n) (long)(n) * thread / threads, (long)(n) * (thread + 1) / threads /* two arguments: its share of n */
 #define SHARE(n, i) for (long i = (long)(n) * thread / threads; i < (long)(n) * (thread + 1) / threads; i++)
@@ -295,7 +295,7 @@ void step(const Model *m, const int *tokens, int position, float *logits) { /* l
     const Matrix *e = &m->embed_tokens;
     float *x = m->x; /* the residual stream */
 
-    /* each token's row of the embedding; all texts stand at the same position */
+    /* each token's row of the embedding; all texts are at the same position */
     for (int b = 0; b < B; b++)
         for (int i = 0; i < C; i++)
             x[b * C + i] = load(e->kind, e->data, (long)tokens[b] * C + i) * (e->scale ? e->scale[tokens[b]] : 1);

@@ -1,71 +1,69 @@
 """
-The same mathematics, sooner. What has a plain twin names it, and tests hold the two together.
+Faster equivalents of plain PyTorch code. Each names its plain version; tests/test_ops.py checks that they agree.
 
-A training step or a long prompt spends its time in matrix products and in moving what is around them. swiglu and
-cross_entropy_in_pieces keep large intermediate tensors out of memory; worth_widening says when a bfloat16 or int8 model
-is better computed in fp32.
+A training step or a long prompt spends its time in matrix products and in moving what is around them through memory.
+cross_entropy_in_pieces never stores all logits; run_widened computes a bf16 or int8 model in fp32 if that is faster.
 
 Shapes: B batch, T time, C hidden, V vocabulary, N = B * T.
 """
 
+from types import SimpleNamespace
+
 from lib.device import bfloat16_speed
 
 import torch
-import torch.nn.functional as F
 
-WIDEN_FROM = 64  # from this many tokens on, layers run in fp32 where its products are faster (docs/performance.md)
-# tokens whose logits are held at once. On a CPU 512 are no faster, and take 50 MB more at a vocabulary of 49,152; on a
-# GPU, where 512 were slower than 4,096, 2,048 take a gigabyte there
-LOSS_ROWS = {"cpu": 256, "cuda": 2048}
-OTHER_LOSS_ROWS = 512  # as on a GPU before it was measured there
-SOFTMAX_ROWS = 32  # of these, how many go through the softmax at a time on a CPU: 6 MB at a vocabulary of 49,152
+from model import Block, SmolLM2
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# SwiGLU
-
-
-def swiglu(gate, up):
-    """silu(gate) * up, of one shape. Plain twin: that formula, which this is while gradients are wanted.
-
-    Without gradients it is computed in place: writing to fresh memory takes longer than the arithmetic.
-    """
-    if torch.is_grad_enabled():
-        return F.silu(gate) * up
-    return F.silu(gate, inplace=True).mul_(up)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# products of bfloat16 on a CPU
+WIDEN_FROM = 64  # from this many tokens on, blocks run in fp32 if its products are faster (docs/performance.md)
+# Tokens whose logits are stored at once. On a CPU 512 are no faster, and take 50 MB more at a vocabulary of 49,152; on
+# a GPU 4,096 were faster than 512, and 2,048 take a gigabyte there.
+LOSS_ROWS = {"cpu": 256, "cuda": 2048, "mps": 512}
+SOFTMAX_ROWS = 32  # of these, how many go through the softmax at once on a CPU: 6 MB at a vocabulary of 49,152
 
 
 def worth_widening(x) -> bool:
-    """Whether to run the layers on x (B, T, C) in fp32 on a CPU, though the weights are bfloat16 or int8: where its
-    products of fp32 are the faster ones, there are enough tokens to pay for the widening, and no gradients."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.size(0) * x.size(1) < WIDEN_FROM:
+    """Decide whether to run the blocks on x (B, T, C) in fp32 though the weights are bf16 or int8: if the CPU's fp32
+    products are faster, there are enough tokens to pay for converting the weights, and no gradients are needed."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.size(0) * x.size(1) < WIDEN_FROM:
         return False
-    return bfloat16_speed() < 0.8  # where the two are close, no two processes should decide differently
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return bfloat16_speed() < 0.8  # if the two are close, no two processes should decide differently
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the loss
+def run_widened(model: SmolLM2, x, *rest):  # (B, T, C) bf16 -> (B, T, C) bf16. Plain: model.run_blocks(x, *rest)
+    return SmolLM2.run_blocks(SimpleNamespace(layers=widened_layers(model)), x.float(), *rest).to(x.dtype)
+
+
+def widened_layers(model: SmolLM2):
+    """Yield the layers in fp32: a single block, which takes the weights of each in turn and so stays in the processor's
+    cache (at 135M: 14 MB)."""
+    wide = Block(model.config).float().requires_grad_(False).eval()
+    for layer in model.layers:
+        for name, ours in wide.named_parameters():
+            ours.copy_(layer.get_parameter(name))
+            module = layer.get_submodule(name.rpartition(".")[0])
+            if hasattr(module, "scale"):  # int8
+                ours.mul_(module.scale[:, None])
+        yield wide
 
 
 def cross_entropy_in_pieces(x, weight, targets):
-    """Mean cross entropy of softmax(x @ weight.T) against targets, as a fp32 scalar in nats; -100 is not counted.
+    """Return the mean cross entropy of softmax(x @ weight.T) against targets, a fp32 scalar in nats; -100 is excluded.
 
-    x (B, T, C), weight (V, C), targets (B, T). Plain twin: F.cross_entropy((x @ weight.T).float(), targets).
+    x (B, T, C), weight (V, C), targets (B, T). Plain: F.cross_entropy((x @ weight.T).float(), targets).
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        # inside forward() gradients are always off, so whether they are wanted is asked here
+        # gradients are always off inside forward(), so it is told here whether they are needed
         return CrossEntropyInPieces.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, torch.is_grad_enabled())
 
 
 def add_loss(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N, 1), (N, 1)
-    """Add the loss of the counted rows to `total`; where the gradient is wanted, softmax - one_hot replaces the logits
-    of every row. In fp32; on a CPU as many rows at a time as stay in its cache."""
+    """Add the loss of the counted rows to `total`; if the gradient is wanted, replace the logits by softmax - one_hot.
+    In fp32; on a CPU with as many rows at a time as stay in its cache."""
     size = SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
     for a in range(0, len(logits), size):
         rows = slice(a, a + size)
@@ -81,7 +79,7 @@ def add_loss(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N
 
 
 def add_loss_on_cuda(total, logits, target, counted, want_grad: bool):  # (), (N, V), (N, 1), (N, 1)
-    """What add_loss does, in half as many trips of the logits through the GPU's memory."""
+    """Do what add_loss does, in half as many trips of the logits through the GPU's memory."""
     log_p = logits.log_softmax(-1, dtype=torch.float32)
     chosen = log_p.gather(1, target)
     total -= (chosen * counted).sum()
@@ -91,14 +89,14 @@ def add_loss_on_cuda(total, logits, target, counted, want_grad: bool):  # (), (N
 
 
 class CrossEntropyInPieces(torch.autograd.Function):
-    """The loss of some of the tokens at a time (LOSS_ROWS), and its gradient in the same pass.
+    """Compute the loss of LOSS_ROWS tokens at a time, and its gradient in the same pass.
 
-    At a vocabulary of 49,152 the logits of 1,024 tokens are 200 MB in fp32, and the plain way holds them, their
-    softmax and their gradient at once. Here the gradient of each piece is taken while its logits are at hand, and is
-    written in their place. So nothing of size V outlives a piece, and backward is one multiplication. Products run in
-    `dtype` (what autocast would choose); everything after them, and the sum of the weight's gradient, in fp32.
+    At a vocabulary of 49,152 the logits of 1,024 tokens take 200 MB in fp32, and the plain way stores them, their
+    softmax and their gradient at once. Here the gradient of each piece overwrites its logits, nothing of size V
+    outlives a piece, and backward is one multiplication. Products run in `dtype` (autocast's choice); everything after
+    them, and the sum of the weight's gradient, in fp32.
 
-    The gradient kept is that of the sum. The division by the count waits for backward, where it meets the factor of a
+    The stored gradient is that of the sum. The division by the count waits for backward, where it meets the factor of a
     GradScaler: a probability divided by the count here would be too small for float16.
     """
 
@@ -111,8 +109,7 @@ class CrossEntropyInPieces(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(h) if want_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
-        kind = h.device.type
-        size, add = LOSS_ROWS.get(kind, OTHER_LOSS_ROWS), add_loss_on_cuda if kind == "cuda" else add_loss
+        size, add = LOSS_ROWS[h.device.type], add_loss_on_cuda if h.device.type == "cuda" else add_loss
         for a in range(0, len(h), size):
             piece = slice(a, a + size)
             logits = h[piece] @ w.T  # (size, V)

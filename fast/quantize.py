@@ -1,13 +1,12 @@
 """
-int8 weights: one byte a weight instead of two, from outside the model.
+int8 weights: one byte per weight instead of two.
 
     from fast.quantize import quantize
     quantize(model)                                  # in place, for inference only; sample.py --quantize=int8
 
-Generating one token reads every weight once and does little else, so half the bytes is half the time. That holds in
-decode.c, which reads the int8 numbers directly. Each matrix becomes int8 numbers with one scale per row, and its module
-is replaced by one that widens the matrix before it multiplies, which saves memory but no time. Activations run in
-bfloat16, or in fp32 where that is faster (ops.worth_widening).
+Generating a token reads every weight once and does little else, so half the bytes take half the time: in decode.c,
+which reads the int8 numbers as they are. Each matrix becomes int8 numbers with one scale per row, and its module is
+replaced by one that converts the matrix before each product, which saves memory but no time.
 
 Shapes: N rows, C columns of a matrix; B batch, T time, V vocabulary.
 """
@@ -22,8 +21,8 @@ from model import SmolLM2
 
 
 def int8_rows(weight):  # (N, C) -> int8 (N, C) and bf16 (N,): weight is about int8 * scale, row by row
-    """Round each row to 127 steps on either side of 0. The scale is rounded to bf16 first, upwards, and the weights are
-    quantised with the rounded one, so that its rounding adds no error and no weight needs more than 127 steps."""
+    """Round each row to 127 steps on either side of 0. The scale is rounded to bf16 first, and upwards: then its
+    rounding adds no error, and no weight needs more than 127 steps."""
     exact = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
     scale = exact.to(torch.bfloat16)
     scale = torch.where(scale.float() < exact, scale * (1 + 2**-7), scale)  # one step of bf16 up
@@ -31,7 +30,7 @@ def int8_rows(weight):  # (N, C) -> int8 (N, C) and bf16 (N,): weight is about i
 
 
 class Int8Linear(nn.Module):
-    """x @ weight.T with weight (N, C) int8 and scale (N,) bf16. Plain twin: nn.Linear(bias=False)."""
+    """x @ weight.T with weight (N, C) int8 and scale (N,) bf16. Plain: nn.Linear(bias=False)."""
 
     def __init__(self, weight, scale):
         super().__init__()
@@ -43,7 +42,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """Row ids of weight (V, C) int8 times scale (V,) bf16. Plain twin: nn.Embedding."""
+    """Rows of weight (V, C) int8 times scale (V,) bf16. Plain: nn.Embedding."""
 
     def __init__(self, weight, scale):
         super().__init__()
@@ -56,8 +55,7 @@ class Int8Embedding(nn.Module):
 
 @torch.no_grad()
 def quantize(model: SmolLM2, kind: str = "int8") -> SmolLM2:
-    """Make every matrix of `model` int8, in place, and return it. A tied head shares the embedding's numbers.
-    UserError for another kind."""
+    """Convert every matrix of `model` to int8, in place; return it. A tied head shares the embedding's numbers."""
     if kind != "int8":
         raise UserError(f"quantize={kind!r}: only 'int8' is implemented.")
     model.to(torch.bfloat16)

@@ -1,5 +1,5 @@
 """
-Files that are whole or not there: atomic and durable writes, JSON, hashes, the lock of a folder, the log of a run.
+Atomic writes, JSON, hashes, the lock of a folder, and readable errors for files that cannot be read.
 
     with atomic("out/run/config.json") as temporary: temporary.write_text(...)
     with exclusive(Path("out/run"), "being trained in"): ...
@@ -9,7 +9,6 @@ This file imports no torch, so that prepare.py starts at once.
 
 import hashlib
 import json
-import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,11 @@ from tokenizers import Tokenizer
 
 @contextmanager
 def atomic(path):
-    """`with atomic(path) as temporary:` write the temporary file; it is renamed to `path` once it is on the disk.
+    """Write a file completely or not at all: `with atomic(path) as temporary:` write to temporary, which is renamed to
+    `path` once it is on the disk.
 
-    A crash at any instant leaves either the old file or the new one. The folder is synced as well: without that the
-    rename itself can be lost. If the body raises, the temporary file is removed and the old one stays.
+    After a crash at any moment `path` is the old file or the new one. The folder is synced too, since otherwise the
+    rename can be lost. If the body raises, the temporary file is removed.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -34,7 +34,7 @@ def atomic(path):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        if os.name != "nt":  # Windows has no handle on a folder
+        if os.name != "nt":  # Windows cannot open a folder
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -44,13 +44,13 @@ def atomic(path):
 
 
 def write_json(path, value: dict):
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write indented JSON, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:
-    """The parsed file, a JSON object. UserError where it is missing, or is anything else."""
+    """Read a file that holds a JSON object."""
     with read_errors_as_user_error(path):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -60,8 +60,8 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def read_errors_as_user_error(path, remedy: str = "Copy it again from where it came."):
-    """Turn whatever reading a damaged or hostile file can raise into a UserError that names the file. For the few lines
-    that parse a file, so that no bug of our own hides behind it."""
+    """Turn whatever reading a damaged file can raise into a UserError that names the file. Wrap only the lines that
+    parse it, so that no bug of our own is reported as damage."""
     try:
         yield
     except UserError:
@@ -71,31 +71,26 @@ def read_errors_as_user_error(path, remedy: str = "Copy it again from where it c
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{path} is damaged, or not what it should be ({reason}). {remedy}") from None
+        reason = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} is damaged, or not what it should be ({reason:.200}). {remedy}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its class name if it has no text."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizer.json through the tokenizers library. UserError where it cannot be read, or would fill the memory."""
-    with read_errors_as_user_error(file):
-        if file.stat().st_size > 64 << 20:
-            raise ValueError("over 64 MB; 65,536 tokens take a tenth of that")
-        tokenizer = Tokenizer.from_file(str(file))
-        if tokenizer.normalizer is not None and growth(json.loads(tokenizer.to_str())["normalizer"]) > 16:
-            raise ValueError("its normalizer makes a text many times as long")
+    """Read a tokenizer.json. Text that spells a special token stays text: only a program (a chat template, prepare.py
+    between documents) may insert the token itself."""
+    with read_errors_as_user_error(file, "A model needs its own tokenizer: copy it from where the model came."):
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def growth(step: dict | None) -> int:
-    """How many times as long a text may become in a normalizer of tokenizer.json, by what it puts in."""
-    if step is None:
-        return 1
-    put_in = step.get("content") or step.get("prepend") or ""
-    return max(1, len(put_in)) * math.prod(map(growth, step.get("normalizers", ())))
-
-
 def file_sha256(path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -106,52 +101,12 @@ class Busy(UserError):
 
 @contextmanager
 def exclusive(folder: Path, doing: str):
-    """Only one process at a time in `folder`, which is made if need be. Busy while another holds the lock.
-
-    The lock is the operating system's, which releases it when a process ends, also by kill -9.
-    """
+    """Hold the lock of a folder, which is made if need be. Raises Busy if another process holds it. The operating
+    system releases the lock when a process ends, also after kill -9."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise Busy(f"{folder} is {doing} by another process right now. Wait for it, or stop it.") from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
-
-
-class Log:
-    """log.jsonl: one line per log step, evaluation and sample. After a resume, lines beyond its step are dropped, and
-    evaluations and samples that its state knows nothing of: those are about to happen again."""
-
-    def __init__(self, path: Path, step: int, evaluated: int = -1, sampled: int = -1, say=print):
-        self.path, self.say = path, say
-        last = {"val_loss": evaluated, "sample": sampled}
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            rows = [
-                (line, self.step_of(line), next((last[key] for key in last if f'"{key}"' in line), step))
-                for line in lines
-            ]
-            kept = [line for line, at, known in rows if at <= min(step, known)]
-            with atomic(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    @staticmethod
-    def step_of(line: str) -> float:
-        try:
-            return float(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return math.inf  # half a line, from a kill
-
-    def write(self, **entry):
-        for key, value in entry.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                entry[key] = None  # JSON has no NaN
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            self.say(f"!! {self.path} could not be written ({error}); training goes on")

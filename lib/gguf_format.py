@@ -1,34 +1,17 @@
 """
-GGUF, the file format of ggml (llama.cpp, Ollama): what export_gguf.py and import_gguf.py share. How a file names and
-orders a llama's tensors, which tokenizers it can describe, and the one reader of its header.
+GGUF, the file format of llama.cpp and Ollama: tensor names, pre-tokenizers, the order of rows, and the writer.
 
-    fields, tensors = read_header(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    ggml_name("layers.3.self_attn.q_proj.weight")         # blk.3.attn_q.weight
+    write_gguf(Path("model.gguf"), model, "q8_0", vocabulary, end_ids=[2], name="mine", template=None)
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import math
-import os
-import struct
 from pathlib import Path
 
-from lib.files import read_errors_as_user_error
 from lib.settings import UserError
 
-
-def need_gguf():
-    """The gguf package, imported here alone so that nothing else needs it. UserError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            'GGUF files are read and written with the gguf package. Get it with: pip install "gguf>=0.17,<1"'
-        ) from None
-    return gguf
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# how GGUF names and orders things
+from tqdm import tqdm
 
 GGML_NAMES = {
     "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
@@ -36,118 +19,82 @@ GGML_NAMES = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
 }  # fmt: skip
-PERMUTED = ("q_proj.weight", "k_proj.weight")  # ends of the names of weights whose rows have another order there
+PERMUTED = ("q_proj.weight", "k_proj.weight")  # weights whose rows have another order in GGUF, see permute()
 
-# llama.cpp knows pre-tokenizers by name only. "smollm" is SmolLM2's: digits one by one, then GPT-2's split into words.
+# llama.cpp knows pre-tokenizers by name only. "smollm" is SmolLM2's: single digits, then GPT-2's split into words.
 PRE_TOKENIZERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types: ordinary, special, added but not special, no token
+
+def gguf_package():
+    """Import the gguf package, or raise a UserError that says how to install it."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError('GGUF files need the gguf package. Install it with: pip install "gguf>=0.17,<1"') from None
+    return gguf
 
 
 def ggml_name(name: str) -> str:
-    """Our parameter's name in a GGUF file: layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
+    """Return the GGUF name of one of our parameters: layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
     *path, module, weight = name.split(".")
     block = f"blk.{path[1]}." if path else ""
     return f"{block}{GGML_NAMES[module]}.{weight}"
 
 
 def permute(weight, head_dim: int):  # (heads * D, C) -> (heads * D, C)
-    """Rows of q_proj or k_proj from Hugging Face's order to ggml's. RoPE rotates pairs of dimensions: here dimension i
-    with i + D/2, in ggml 2i with 2i + 1. llama.cpp would load the file without this, warn of nothing, and write
-    nonsense."""
+    """Reorder the rows of q_proj or k_proj from Hugging Face's order to ggml's.
+
+    RoPE rotates pairs of dimensions: i and i + D/2 in Hugging Face's order, 2i and 2i + 1 in ggml's. Without this,
+    llama.cpp loads the file without a warning and writes nonsense.
+    """
     return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 
 
 def unpermute(weight, head_dim: int):  # (heads * D, C) -> (heads * D, C)
-    """The inverse: rows of attn_q or attn_k from ggml's order to Hugging Face's."""
+    """Reorder the rows of attn_q or attn_k from ggml's order to Hugging Face's: the inverse of permute()."""
     return weight.view(-1, head_dim // 2, 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# reading a header
+def write_gguf(file: Path, model, outtype: str, vocabulary: dict, end_ids: list[int], name: str, template: str | None):
+    """Write a model as a GGUF file, with weights of type `outtype`: q8_0, f16, bf16 or f32.
 
-# struct formats of the types of a field's value; two more have a length, so no format of their own
-VALUE_FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-STRING, ARRAY = 8, 9
-HEADER_BYTES = 1 << 26  # four times the header of the largest vocabularies; what is longer is no model's
-
-
-def read_header(file: Path) -> tuple[dict, dict]:
-    """Fields and tensors of a GGUF file: key -> value, name -> (shape as torch has it, ggml type, byte offset).
-
-    The gguf package's own reader takes a hundred times the memory of a vocabulary, and believes what a file says of
-    itself. Here every length is compared with the bytes that are left, and every tensor lies in the file, apart from
-    the others. UserError names the file that is cut short, damaged, or of another kind or version.
+    vocabulary: pre (a name from PRE_TOKENIZERS), tokens, types and merges. end_ids: one or two tokens that end a text.
     """
-    with read_errors_as_user_error(file), open(file, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        left = min(size, HEADER_BYTES)
+    gguf, c = gguf_package(), model.config
+    ids = range(c.vocab_size)
+    # Every field that llama.cpp reads for a llama. If one is missing, it takes a default without a warning.
+    fields = dict(
+        type=gguf.GGUFType.MODEL, name=name,
+        file_type=gguf.LlamaFileType["ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"],
+        quantization_version=gguf.GGML_QUANT_VERSION,
 
-        def take(n):
-            nonlocal left
-            left -= n
-            if left < 0:
-                raise ValueError("its header is cut short, or names a length beyond any model's")
-            return f.read(n)
+        vocab_size=c.vocab_size, context_length=c.max_position_embeddings, embedding_length=c.hidden_size,
+        feed_forward_length=c.intermediate_size, block_count=c.num_hidden_layers, head_count=c.num_attention_heads,
+        head_count_kv=c.num_key_value_heads, key_length=c.head_dim, value_length=c.head_dim,
+        rope_dimension_count=c.head_dim, rope_freq_base=c.rope_theta, layer_norm_rms_eps=c.rms_norm_eps,
 
-        def number(format):
-            return struct.unpack(format, take(struct.calcsize(format)))[0]
-
-        def value(kind):
-            if kind == STRING:
-                return take(number("<Q")).decode()
-            if kind == ARRAY:
-                kind, length = number("<I"), number("<Q")
-                if kind == STRING:
-                    return [take(number("<Q")).decode() for _ in range(length)]  # ends where the bytes do
-                format = VALUE_FORMATS[kind][1]  # no arrays of arrays: no model has any
-                data = take(length * struct.calcsize("<" + format))
-                return list(struct.unpack(f"<{length}{format}", data))
-            return number(VALUE_FORMATS[kind])
-
-        if size < 8 or f.read(4) != b"GGUF":
-            raise ValueError("not a GGUF file")
-        version = number("<I")
-        if version != 3:
-            reason = "big-endian" if not version % 2**16 else f"of version {version}"
-            raise UserError(f"{file} is {reason}; only GGUF of version 3, little-endian, is read. Convert it again.")
-        n_tensors, n_fields = number("<Q"), number("<Q")
-        fields = {}
-        for _ in range(n_fields):
-            key = value(STRING)
-            if key in fields:
-                raise ValueError(f"the field {key[:80]} is there twice")
-            fields[key] = value(number("<I"))
-        found = []  # name, shape, type, offset among the tensors
-        for _ in range(n_tensors):
-            name, dimensions = value(STRING), number("<I")
-            if dimensions > 4:
-                raise ValueError(f"{name[:80]} has {dimensions} dimensions")
-            found.append((name, [number("<Q") for _ in range(dimensions)][::-1], number("<I"), number("<Q")))
-        alignment = fields.get("general.alignment", 32)
-        start = f.tell() + -f.tell() % alignment  # of the tensors
-        tensors = {name: (shape, kind, start + offset) for name, shape, kind, offset in found}
-        if len(tensors) < len(found):
-            raise ValueError("two tensors have one name")
-        check_places(file, tensors, size)
-    return fields, tensors
-
-
-def check_places(file: Path, tensors: dict, size: int):
-    """ValueError where a tensor ends beyond the file or begins in another one; UserError for types nobody knows."""
-    gguf, end, last = need_gguf(), 0, ""
-    for name, (shape, kind, offset) in sorted(tensors.items(), key=lambda item: item[1][2]):
-        try:
-            block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        except (ValueError, KeyError):
-            raise UserError(
-                f"{file}: {name[:80]} is of the type {kind}, unknown here. A newer gguf package may know it: "
-                "pip install -U gguf"
-            ) from None
-        if shape[-1] % block:
-            raise ValueError(f"{name[:80]} has rows of {shape[-1]} in blocks of {block}")
-        if offset < end:
-            raise ValueError(f"{name[:80]} begins inside {last[:80]}")
-        end, last = offset + math.prod(shape) // block * nbytes, name
-        if end > size:
-            raise ValueError(f"it is cut short: {name[:80]} ends at byte {end:,} of {size:,}")
+        tokenizer_model="gpt2",  # ggml's name for every byte-level BPE
+        tokenizer_pre=vocabulary["pre"], token_list=vocabulary["tokens"], token_types=vocabulary["types"],
+        token_merges=vocabulary["merges"], eos_token_id=end_ids[0], eot_token_id=end_ids[1] if end_ids[1:] else None,
+        # Nothing puts this token before a text, but without the field llama.cpp would assume token 11.
+        bos_token_id=c.bos_token_id if c.bos_token_id in ids else end_ids[0],
+        pad_token_id=c.pad_token_id if c.pad_token_id in ids else None,
+        add_bos_token=False, add_eos_token=False,  # SmolLM2 was trained without
+        chat_template=template or None,
+    )  # fmt: skip
+    writer = gguf.GGUFWriter(file, "llama")
+    for key, value in fields.items():
+        if value is not None:
+            getattr(writer, f"add_{key}")(value)
+    # A tied head is not among the parameters: llama.cpp ties the head if output.weight is absent.
+    for parameter, p in tqdm(list(model.named_parameters()), desc=f"converting to {outtype}", disable=None):
+        p = p.detach()
+        if parameter.endswith(PERMUTED):
+            p = permute(p, c.head_dim)
+        # Norm weights stay in fp32: there are few, and ggml's kernels expect it.
+        kind = gguf.GGMLQuantizationType["F32" if p.dim() == 1 else outtype.upper()]
+        writer.add_tensor(ggml_name(parameter), gguf.quantize(p.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,15 +1,13 @@
 """
-How every script gets its settings: defaults, recipe files, flags. The other files of this folder are the recipes.
+The settings of every script: defaults, then recipes, then flags. Also UserError, and how a script ends.
 
     python train.py config/tiny_shakespeare.py --max_iters=500 --learning_rate=1e-3
 
 A script keeps its defaults in a dataclass called Settings, one per line, with a comment that --help prints. Positional
-arguments are recipes: Python files of plain assignments, each run in a namespace of its own. Flags come after all the
-recipes, and of two values for one setting the later wins. Unknown settings, wrong types and values out of their range
-are reported all at once, with exit code 2, and nothing is started.
+arguments are recipes: Python files of plain assignments, each run in its own namespace. Flags override recipes, and
+later values earlier ones. All unknown names, wrong types and values out of range are reported before anything starts.
 """
 
-import ast
 import difflib
 import math
 import numbers
@@ -19,155 +17,147 @@ import runpy
 import signal
 import sys
 import types
-import typing
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args, get_origin
 
-# How threads wait for each other between the parts of a matrix product. By default they spin on their cores for
-# milliseconds, even where another program needs the core to let the last of them arrive, and a training step beside two
-# busy processes takes several times as long. A short spin costs a few percent at most on a quiet machine
-# (docs/performance.md).
-# libgomp reads this when torch is loaded, so every script imports this module first; what the user set is left alone.
+# Threads spin while they wait for each other, by default for milliseconds, and so take cores from other programs and
+# from the very thread they wait for: next to two busy processes a training step takes several times as long. A short
+# spin costs a few percent. libgomp reads this when torch is loaded, so every script imports this module first.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 class UserError(Exception):
-    """The user's mistake, in a line or two: what was given, what was expected, and what to do. run_main() prints it."""
+    """A mistake of the user, in one or two lines: what was given, what was expected, and the command that fixes it."""
 
 
 @dataclass(frozen=True)
 class Within:
-    """The numbers that a setting may be, declared in its type: Annotated[float, Within(above=0, most=1)]."""
+    """The range of a number, declared in its type: Annotated[float, Within(above=0, most=1)]."""
 
     least: float = -math.inf
     most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
 
-    def __contains__(self, value) -> bool:  # not NaN, which compares false; not infinite
+    def __contains__(self, value) -> bool:  # false for NaN and infinities
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self):
-        ends = dict(least="of at least", above="above", most="at most", below="below")
-        ends = {word: getattr(self, key) for key, word in ends.items()}
+        ends = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         return " and ".join(f"{word} {end:,}" for word, end in ends.items() if abs(end) < 2**63 - 1)
 
 
-# The kinds of number that most settings are. A choice among words is a typing.Literal.
+# The usual kinds of number. A choice among words is a typing.Literal.
 Count = Annotated[int, Within(least=1, most=2**63 - 1)]
-NonNegativeInt = Annotated[int, Within(least=0, most=2**63 - 1)]
-Seed = Annotated[int, Within(least=0, most=2**63 - 1)]
+Seed = Natural = Annotated[int, Within(least=0, most=2**63 - 1)]
 Positive = Annotated[float, Within(above=0)]
 NonNegative = Annotated[float, Within(least=0)]
 Fraction = Annotated[float, Within(least=0, below=1)]
 
-# What nanoGPT calls some of these settings, for those who come from there.
+# For nanoGPT users: what its settings are called here, or a sentence about what does the job of one.
 NANOGPT = dict(
     n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size", batch_size="global_batch_size",
     gradient_accumulation_steps="global_batch_size", eval_iters="eval_rows", decay_lr="lr_schedule", start="prompt",
-    out_dir="model",
-)  # fmt: skip
-NOT_HERE = dict(
-    bias="SmolLM2 has none", eval_only="python evaluate.py measures a model",
-    always_save_checkpoint="state.pt is saved at every evaluation, the model when it is the best",
-    wandb_log="log.jsonl in the run's folder has every figure, and app.py draws it", backend="chosen by the device",
+    out_dir="model", eval_only="python evaluate.py measures a model",
+    wandb_log="log.jsonl in the run's folder has every figure, and app.py draws it",
 )  # fmt: skip
 
 
-def override(argv: list[str], *Settings: type, doc: str = "", shared_with: str | None = None) -> list:
-    """An instance of each Settings class, with the recipes and flags of argv applied. With --help among them it prints
-    the help and exits with 0; where anything is wrong it prints all of it and exits with 2.
+def override(argv: list[str], *Settings: type, **options) -> list:
+    """Return an instance of each Settings class with the recipes and flags of argv applied. options: see parse()."""
+    return parse(argv, *Settings, **options)[0]
 
-    One recipe may serve several scripts. train.py passes its own Settings and prepare.py's. prepare.py must not import
-    train.py, so it passes that script's path as `shared_with`: its keys are then accepted in recipes, and ignored.
+
+def parse(argv: list[str], *Settings: type, doc: str = "", shared_with: str | None = None) -> tuple[list, dict]:
+    """Return an instance of each Settings class, and "recipe" or "flag" for each setting that argv gives.
+
+    Prints the help and exits with 0 if argv asks for it. Prints all problems and exits with 2 if there are any.
+    shared_with: path of a script that takes the same recipes; its settings are accepted in them, and ignored.
     """
     if any(arg in ("-h", "--help", "help") for arg in argv):
         print(doc.strip() + "\n\nsettings, with their defaults:\n" + "\n".join(map(describe, Settings)))
         raise SystemExit(0)
-    known = {f.name: f for cls in Settings for f in fields(cls)}
-    other_keys = documented_settings(shared_with) if shared_with else {}
-    problems, chosen = [], {}
-
-    def take(key, value, source, ignored=()):
-        if key in known:
-            try:
-                chosen[key] = convert(value, known[key], is_flag=source.startswith("-"))
-            except ValueError as error:
-                problems.append(f"{source}: {error}")
-        elif key not in ignored:
-            near = (
-                [NANOGPT[key]] if NANOGPT.get(key) in known else difflib.get_close_matches(key, [*known, *ignored], n=1)
-            )
-            hint = NOT_HERE[key] + "." if key in NOT_HERE else f"Did you mean {near[0]}?" if near else ""
-            problems.append(f"{source}: no such setting. {hint}".strip())
-
-    for arg in argv:  # the recipes first, wherever they are among the flags
-        if not arg.startswith("-"):
-            for key, value in read_recipe(arg, problems).items():
-                take(key, value, f"{arg}: {key}", other_keys)
+    recipes, flags, problems = [], [], []
     for arg in argv:
+        key, equals, value = arg.removeprefix("--").partition("=")
         if not is_text(arg):
             problems.append(f"{ascii(arg)}: not UTF-8 text.")
-        elif arg.startswith("--"):
-            key, equals, value = arg[2:].partition("=")
-            if equals:
-                take(key.replace("-", "_"), value, f"{arg:.80}")
-            else:
-                problems.append(f"{arg}: write --key=value.")
+        elif arg.startswith("--") and equals:
+            flags.append(("flag", f"{arg:.80}", key.replace("-", "_"), value))
         elif arg.startswith("-"):
             problems.append(f"{arg}: write --key=value.")
+        elif not Path(arg).is_file():
+            problems.append(f"{arg}: no such file. The recipes are in config/, settings are written --key=value.")
+        else:
+            recipes += [("recipe", f"{arg}: {key}", key, value) for key, value in read_recipe(arg, problems).items()]
+
+    known = {f.name: f for cls in Settings for f in fields(cls)}
+    ignored = documented_settings(shared_with) if shared_with else {}
+    values, given = {}, {}
+    for source, shown, key, value in [*recipes, *flags]:
+        allowed = known | ignored if source == "recipe" else known
+        if key in known:
+            try:
+                values[key], given[key] = convert(value, known[key], source == "flag"), source
+            except ValueError as error:
+                problems.append(f"{shown}: {error}")
+        elif key not in allowed:
+            meant = NANOGPT.get(key, "")
+            near = [meant] if meant in known else difflib.get_close_matches(key, allowed, n=1)
+            hint = f"{meant}." if " " in meant else f"Did you mean {near[0]}?" if near else ""
+            problems.append(f"{shown}: no such setting. {hint}".strip())
     if problems:
-        script = Path(sys.argv[0]).name
-        print("\n".join(problems) + f"\nNothing was started. All settings: python {script} --help", file=sys.stderr)
+        problems.append(f"Nothing was started. All settings: python {Path(sys.argv[0]).name} --help")
+        print("\n".join(problems), file=sys.stderr)
         raise SystemExit(2)
-    return [cls(**{f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}) for cls in Settings]
+    return [cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in Settings], given
 
 
-def flags_in(argv: list[str]) -> set[str]:
-    """The settings that argv names in flags, and not in a recipe."""
-    return {arg[2:].partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+def read_recipe(path: str, problems: list[str]) -> dict:
+    """Return a recipe's assignments, except imports and names with an underscore, which serve its own arithmetic."""
+    try:
+        found = runpy.run_path(path)
+    except (Exception, SystemExit) as error:
+        problems.append(f"{path}: {type(error).__name__}: {error}")
+        return {}
+    return {k: v for k, v in found.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 
 def convert(value, field, is_flag: bool = False):
-    """`value`, of a recipe or the text of a flag, as the type of the field; ValueError says what was expected."""
-    union = typing.get_origin(field.type) in (types.UnionType, typing.Union)  # Count | None
-    alternatives = typing.get_args(field.type) if union else (field.type,)
-    optional = types.NoneType in alternatives
-    if optional and (value is None or (is_flag and value.lower() in ("none", ""))):
-        return None
-    kind = next(t for t in alternatives if t is not types.NoneType)
-    if typing.get_origin(kind) is typing.Literal:
-        words = typing.get_args(kind)
-        if "on" in words:  # for those who write it as in nanoGPT
+    """Convert a recipe's value, or the text of a flag, to the type of a field. ValueError says what was expected."""
+    kind, optional = field.type, types.NoneType in get_args(field.type)
+    if optional:  # Count | None
+        kind = get_args(kind)[0]
+        if value is None or (is_flag and value.lower() in ("none", "")):
+            return None
+    if get_origin(kind) is Literal:
+        words = get_args(kind)
+        if "on" in words:  # nanoGPT writes --compile=False
             value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
         if value not in words:
-            words = [word or "nothing" for word in words]
-            raise ValueError(f"got {value!r:.80}, expected {', '.join(words[:-1])} or {words[-1]}.")
+            raise ValueError(f"got {value!r:.80}, expected {' or '.join(word or 'nothing' for word in words)}.")
         return value
-    kind, within = typing.get_args(kind) if typing.get_origin(kind) is Annotated else (kind, Within())
-    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    expected = f"{name} {within}".strip() + (", or none" if optional else f" like the default {field.default!r}")
-    problem = ValueError(f"got {value!r:.80}, expected {expected}.")
-    if is_flag and kind is not str:
-        text = value.replace("_", "") if kind in (int, float) else value.lower()
-        try:
-            value = {"true": True, "1": True, "false": False, "0": False}[text] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise problem from None
-    elif not isinstance(value, bool):  # NumPy's numbers, too
-        if kind is float and isinstance(value, numbers.Real) and abs(value) < 2**63:
-            value = float(value)
-        elif kind is int and isinstance(value, numbers.Integral):
-            value = int(value)
-    if type(value) is not kind or (kind in (int, float) and value not in within):
-        raise problem
-    return value
+    kind, within = get_args(kind) if get_origin(kind) is Annotated else (kind, Within())
+    number = {float: numbers.Real, int: numbers.Integral}.get(kind, ())
+    result, yes_no = value, {"true": True, "1": True, "false": False, "0": False}
+    try:
+        if is_flag:
+            result = yes_no[value.lower()] if kind is bool else kind(value)
+        elif isinstance(value, number) and not isinstance(value, bool):
+            result = kind(value)  # an int for a float, or NumPy's numbers
+    except (KeyError, ValueError, OverflowError):
+        result = None
+    if type(result) is not kind or (number and result not in within):
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+        default = ", or none" if optional else f" like the default {field.default!r}"
+        raise ValueError(f"got {value!r:.80}, expected {f'{expected} {within}'.strip()}{default}.")
+    return result
 
 
 def check(Settings: type, **values):
-    """UserError, all problems at once, where a value is none that the setting of its name may have."""
+    """Check values by the types of the settings with these names. UserError lists all problems at once."""
     known, problems = {f.name: f for f in fields(Settings)}, []
     for key, value in values.items():
         try:
@@ -179,98 +169,52 @@ def check(Settings: type, **values):
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it: bytes of a command line that are not UTF-8, and "\\ud800" in JSON, it cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read_recipe(path: str, problems: list[str]) -> dict:
-    """The assignments of a recipe, but for imports and names that start with an underscore: those are for its own
-    arithmetic. What is wrong with the file is appended to `problems`."""
-    if not Path(path).is_file():
-        here = sorted(file.name for file in (Path(__file__).parents[1] / "config").glob("*.py"))
-        hint = f"recipes in config/: {', '.join(here)}; settings are written --key=value"
-        problems.append(f"{path}: no such file ({hint}).")
-        return {}
-    try:
-        found = runpy.run_path(path)
-    except (Exception, SystemExit) as error:
-        problems.append(f"{path}: {type(error).__name__}: {error}")
-        return {}
-    return {k: v for k, v in found.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+    """Return whether UTF-8 can encode it, unlike an undecodable byte of a command line or JSON's "\\ud800"."""
+    return text == text.encode(errors="ignore").decode()
 
 
 def documented_settings(script: str) -> dict[str, str]:
-    """Name and comment of every setting in a script's Settings, read from its source text without importing it."""
-    lines = Path(script).read_text(encoding="utf-8").splitlines()
-    tree = ast.parse("\n".join(lines))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
-    found = {}
-    for node in body:
-        if isinstance(node, ast.AnnAssign):
-            comments = [lines[node.end_lineno - 1].partition("  # ")[2]]
-            for line in lines[node.end_lineno :]:  # a comment may continue, indented, on the lines below
-                more = re.fullmatch(r"\s+#\s{3,}(\S.*)", line)
-                if not more:
-                    break
-                comments.append(more[1])
-            found[node.target.id] = " ".join(comments).strip()
-    return found
+    """Return the comment of every setting in a script's Settings, from its source text, without importing it."""
+    body = re.search(r"^class Settings:\n(.*?)^\S", Path(script).read_text(encoding="utf-8"), re.M | re.S)[1]
+    body = re.sub(r"\n +#   +", " ", body)  # a comment may continue, indented, on the next lines
+    return dict(re.findall(r"^    (\w+): [^#\n]*(?:# (.*))?$", body, re.M))
 
 
 def describe(Settings: type) -> str:
-    """The settings of a class for --help, one per line: flag, default, comment."""
+    """Return the lines of --help for a Settings class: flag, default, comment."""
     comments = documented_settings(sys.modules[Settings.__module__].__file__)
-    rows = []
-    for f in fields(Settings):
-        default = "required" if f.default is MISSING else repr(f.default)
-        words = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Literal else ()
-        choice = f" ({', '.join(filter(None, words))})" if words else ""
-        rows.append(f"  --{f.name}={default}".ljust(38) + "  " + comments[f.name] + choice)
-    return "\n".join(rows)
+    choice = lambda f: f" ({', '.join(filter(None, get_args(f.type)))})" if get_origin(f.type) is Literal else ""
+    line = lambda f: f"  --{f.name}={f.default!r}".ljust(38) + f"  {comments[f.name]}{choice(f)}"
+    return "\n".join(map(line, fields(Settings)))
 
 
 def run_main(main):
-    """Run a script's main(). A UserError, or what the operating system refuses, is printed without a traceback, and the
-    exit code is 1; after Ctrl-C it is 130. SIGTERM and a lost terminal end it in order: temporary files are removed."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # a terminal that lacks a letter shows its number
-        stream.reconfigure(errors="backslashreplace")
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup has it ignored
-        if number and signal.getsignal(number) is signal.SIG_DFL:
+    """Run a script's main(). A UserError or OSError is printed without a traceback, with exit code 1; Ctrl-C exits with
+    130. SIGTERM and a lost terminal raise SystemExit, so that temporary files are removed."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter shows its number
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP, and so do we
             signal.signal(number, lambda number, _: sys.exit(128 + number))
+    message, code = "", 0
     try:
         main()
         print(end="", flush=True)
-    except BrokenPipeError:  # the reader of our output ended first, as in `python sample.py | head`: not an error
-        leave_stdout()
+    except BrokenPipeError:  # as in `python sample.py | head`: not an error
+        pass
     except (UserError, OSError) as error:
-        leave_stdout()
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        message, code = f"{Path(sys.argv[0]).name}: {error}", 1
     except KeyboardInterrupt:
-        leave_stdout()
-        print(file=sys.stderr)
-        raise SystemExit(130) from None
+        code = 130
+    print_safe("", end="")
+    if code:
+        print(message, file=sys.stderr)
+        raise SystemExit(code)
 
 
 def print_safe(text: str, end: str = "\n"):
-    """Print a line. A terminal, pipe or disk that has gone does not end the work: long runs print with this."""
+    """Print a line. If stdout is gone (closed pipe, full disk), send this and later output to /dev/null."""
     try:
         print(text, end=end, flush=True)
     except OSError:
-        leave_stdout()
-
-
-def leave_stdout():
-    """Write out what is left to print. Where that fails, the terminal, the pipe or the disk behind it has gone: what is
-    printed from here on goes nowhere, and no error comes of it."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

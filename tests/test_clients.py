@@ -1,4 +1,4 @@
-"""What people deploy and fine-tune with, on a run made by train.py: transformers' pipeline and Trainer, and peft."""
+"""Clients that people deploy and fine-tune with, on a run of train.py: transformers' pipeline and Trainer, and peft."""
 
 import shutil
 
@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytestmark = pytest.mark.slow  # each of them needs a trained run
 
 PROMPTS = ("EVANDER:\nI", "The", "12 ships", "\n")
-NEW_TEXT = "".join(  # unlike what the run was trained on, and soon learnt
+NEW_TEXT = "".join(  # unlike the training text, and quickly learned
     f"{name}:\nWhat news {when}, and {n} ships {where}?\n\n"
     for n, name in enumerate(("MARA", "OLD TAM", "The Duke", "First Sailor", "BRINE", "Josse") * 8)
     for when, where in (("tonight", "in the harbour"), ("of the king", "beyond the reef"))
@@ -34,7 +34,7 @@ def ours(path, prompt: str, n: int) -> list[int]:
 
 
 def rows(path, size: int = 32) -> torch.Tensor:
-    """NEW_TEXT in rows of `size` tokens, (rows, size): what the clients fine-tune on."""
+    """Return NEW_TEXT in rows of `size` tokens, (rows, size): the clients fine-tune on it."""
     _, tokenizer = load(path)
     ids = torch.tensor(tokenizer.encode(NEW_TEXT).ids)
     return ids[: len(ids) // size * size].view(-1, size)
@@ -47,8 +47,8 @@ def loss_of(path, data) -> float:
 
 
 def test_pipeline_writes_the_same_text(run):
-    """pipeline("text-generation", model=DIR), with no other setting, finds model and tokenizer and writes greedily what
-    sample.py writes. Negative control: with another RoPE base in config.json it must not."""
+    """pipeline("text-generation", model=DIR), with no other setting, finds model and tokenizer, and its greedy text is
+    sample.py's. Negative control: with another RoPE base in config.json it is not."""
     pipe = transformers.pipeline("text-generation", model=str(run), device="cpu")
 
     def differing(pipe):
@@ -72,8 +72,8 @@ def test_pipeline_writes_the_same_text(run):
 
 
 def test_lora_learns_and_merges_back(run):
-    """peft: a LoRA on all projections lowers the loss on new text; load() reads the merged and saved model, and gives
-    the loss that peft had. The run itself must not have changed."""
+    """peft: a LoRA on all projections lowers the loss on new text; load() reads the merged and saved model and gives
+    peft's loss. The run itself has not changed."""
     peft = pytest.importorskip("peft", reason="peft is not installed (requirements-dev.txt)")
     data = rows(run)
     before = loss_of(run, data)
@@ -100,8 +100,8 @@ def test_lora_learns_and_merges_back(run):
 
 
 def test_trainer_output_is_a_run(run):
-    """transformers' Trainer fine-tunes the run and saves model and tokenizer; sample.py runs the result as it is, and
-    its text is the fine-tuned model's, not the run's."""
+    """transformers' Trainer fine-tunes the run and saves model and tokenizer; sample.py runs the result as it is, with
+    the text of the fine-tuned model, not of the run."""
     pytest.importorskip("accelerate", reason="accelerate is not installed (requirements-dev.txt)")
     data = rows(run)
     before = loss_of(run, data)

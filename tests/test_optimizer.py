@@ -1,47 +1,54 @@
-"""The optimizer: which parameters get which update, and that two optimizers act as one."""
+"""optimizer.py: which parameters get which update, Muon's numbers, and the learning rate at each step."""
 
 import copy
+from dataclasses import dataclass
 
+import pytest
 import torch
 from conftest import tiny
 
-from optimizer import Muon, make_optimizer
+from optimizer import Muon, check_schedule, decay_begins, learning_rate_at, make_optimizers, noise_ends
 
 
-def made(kind, **changes):
+def make(kind, **changes):
     torch.manual_seed(0)
     model = tiny(**changes)
-    return model, make_optimizer(model, kind, 0.01, 0.1, (0.9, 0.95))
+    return model, make_optimizers(model, kind, 0.01, 0.1, (0.9, 0.95))
 
 
-def train(model, optimizer, steps, first=0):
+def groups_of(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def train(model, optimizers, steps, first=0):
     for step in range(first, first + steps):
         torch.manual_seed(step)
         ids = torch.randint(model.config.vocab_size, (16, 33))
         model(ids[:, :-1], ids[:, 1:])[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
-    """A parameter in two groups is updated twice, one in none stays as it was drawn; a norm that decays goes to 0."""
+    """A parameter in two groups is updated twice, one in none keeps its first values; a norm that decays goes to 0."""
     for kind in ("adamw", "muon"):
         for tied in (True, False):
-            model, optimizer = made(kind, tie_word_embeddings=tied)
-            placed = [(id(p), group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+            model, optimizers = make(kind, tie_word_embeddings=tied)
+            placed = [(id(p), group["weight_decay"]) for group in groups_of(optimizers) for p in group["params"]]
             expected = [(id(p), 0.1 if p.dim() > 1 else 0.0) for p in model.parameters()]
             assert sorted(placed) == sorted(expected), kind
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
-    """Its update has all singular values alike. That of an embedding has not, and rows that were not read stay."""
-    model, optimizer = made("muon", tie_word_embeddings=False)
-    muon = {id(p) for group in optimizer.param_groups if "momentum" in group for p in group["params"]}
+    """All singular values of its update are alike. Those of an embedding's are not, and rows not read stay."""
+    model, optimizers = make("muon", tie_word_embeddings=False)
+    muon = {id(p) for group in optimizers[0].param_groups for p in group["params"]}
     assert muon == {id(p) for p in model.layers.parameters() if p.dim() == 2}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for group in optimizer.param_groups:
+    for group in groups_of(optimizers):
         group["weight_decay"] = 0.0
-    train(model, optimizer, 1)
+    train(model, optimizers, 1)
     for name, p in model.named_parameters():
         if p.dim() == 2:
             values = torch.linalg.svdvals(p.detach() - before[name])
@@ -53,19 +60,18 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
     assert unread and all(moved[i] == 0 for i in unread) and moved.max() > 0
 
 
-def test_the_state_of_two_is_that_of_one():
-    """Saved after three steps and loaded into new optimizers, the next steps are equal to the last bit."""
-    model, optimizer = made("muon")
-    train(model, optimizer, 3)
-    saved = copy.deepcopy(optimizer.state_dict())
-    count = len(list(model.parameters()))
-    assert sorted(saved["state"]) == list(range(count)) == [i for g in saved["param_groups"] for i in g["params"]]
+def test_saved_and_loaded_the_next_steps_are_bit_equal():
+    """Saved after three steps and loaded into new optimizers. Negative control: without their state."""
+    model, optimizers = make("muon")
+    train(model, optimizers, 3)
+    saved = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
     copies = {}
     for name in ("resumed", "without the state"):
-        copies[name] = made("muon")
+        copies[name] = make("muon")
         copies[name][0].load_state_dict(model.state_dict())
-    copies["resumed"][1].load_state_dict(saved)
-    for m, o in ((model, optimizer), *copies.values()):
+    for optimizer, state in zip(copies["resumed"][1], saved):
+        optimizer.load_state_dict(state)
+    for m, o in ((model, optimizers), *copies.values()):
         train(m, o, 2, first=3)
     for name, (m, _) in copies.items():
         equal = all(torch.equal(a, b) for a, b in zip(model.parameters(), m.parameters()))
@@ -93,3 +99,45 @@ def test_muon_gives_the_numbers_of_pytorchs():
     way = (theirs - start).norm()
     assert (ours - theirs).norm() < 0.01 * way
     assert (other - theirs).norm() > 0.05 * way
+
+
+@dataclass
+class Schedule:
+    """Train.py's settings that the schedule reads."""
+
+    lr_schedule: str = "cosine"
+    max_iters: int = 100
+    lr_decay_iters: int = 100
+    learning_rate: float = 1.0
+    min_lr: float = 0.1
+    warmup_iters: int = 10
+    decay_fraction: float = 0.2
+    token_noise: float = 0.0
+    noise_until: float = 1.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_the_schedule_has_its_corners_where_they_belong(schedule):
+    """Never 0, the peak right after warmup, flat as long as it should be, min_lr at the end and beyond."""
+    rates = [learning_rate_at(step, Schedule(schedule)) for step in range(120)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1.0
+    if schedule == "constant":
+        return
+    assert rates[100:] == [0.1] * 20 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    flat = 80 if schedule == "wsd" else 10  # the last step at the peak
+    assert rates[flat] == 1.0 > rates[flat + 1] and rates[90] == pytest.approx(
+        0.55 if schedule == "wsd" else 0.127, 0.01
+    )
+
+
+def test_noise_can_end_exactly_where_the_decay_begins():
+    """noise_until=0.8 fits decay_fraction=0.2 for every length of the schedule."""
+    s = Schedule("wsd", token_noise=0.1, noise_until=0.8)
+    for s.lr_decay_iters in range(1, 2000):
+        assert noise_ends(s) >= decay_begins(s)
+
+
+def test_schedules_that_make_little_sense_are_named():
+    """A short trial run with the default warmup, and a longer run whose schedule has ended."""
+    assert "--warmup_iters" in check_schedule(Schedule(warmup_iters=100))[0]
+    assert "--lr_decay_iters=200" in check_schedule(Schedule(max_iters=200))[0]

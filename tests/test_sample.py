@@ -1,7 +1,5 @@
 """sample.py: each filter against a distribution worked out by hand; generation against the plainest way to do it."""
 
-import os
-
 from lib.settings import UserError
 
 import pytest
@@ -49,7 +47,8 @@ def test_repetition_penalty_pushes_seen_tokens_down_whatever_their_sign():
 
 
 def test_temperature_zero_is_greedy_and_one_is_the_models_own_odds():
-    assert sample.next_token(LOGITS, temperature=0).tolist() == [0]
+    for temperature in (0, 1e-300, 1e-6):  # dividing by so little would overflow
+        assert sample.next_token(LOGITS, temperature=temperature).tolist() == [0]
     generator = torch.Generator().manual_seed(0)
     many = LOGITS.expand(20000, -1)
     for temperature, expected in ((1.0, P[0]), (0.5, P[0] ** 2 / (P[0] ** 2).sum())):
@@ -74,16 +73,11 @@ def test_impossible_settings_are_refused(wrong, hf_directory):
         assert "none" in str(refused.value).lower()
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
-def test_a_tiny_temperature_is_greedy(temperature):
-    """Divided by it, logits would be infinite, and what is drawn from them no token at all."""
-    assert sample.next_token(LOGITS, temperature=temperature).tolist() == [0]
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_logits_that_are_not_finite_are_no_text(hf_directory, bad, temperature):
-    """NaN compares with nothing: the draw would be id V, which no embedding has, and decode.c would read beyond it."""
+    """A draw from NaN would be id V, which no embedding has, and decode.c would read beyond it: it is -1, and
+    generate() stops."""
     model, _ = sample.load(hf_directory)
     with torch.no_grad():
         model.norm.weight[3] = bad
@@ -92,26 +86,16 @@ def test_logits_that_are_not_finite_are_no_text(hf_directory, bad, temperature):
             list(sample.generate(model, torch.tensor(prompt), 3, temperature=temperature))
     logits = LOGITS.repeat(2, 1)
     logits[1] = -torch.inf
-    with pytest.raises(UserError, match="not finite"):  # one row of a batch is enough
-        sample.next_token(logits, temperature=temperature)
+    logits[0, 1:] = -torch.inf
+    assert sample.next_token(logits, temperature=temperature).tolist() == [0, -1]
 
 
-def test_a_prompt_is_text(hf_directory, tmp_path):
-    """An empty one is a line break, as in the app. What UTF-8 cannot hold, no file, a folder, bytes that are no text,
-    and a file without an end are each refused by name."""
+def test_a_prompt_is_text(hf_directory):
+    """An empty one is a line break, as in the app. What UTF-8 cannot hold is refused."""
     tokenizer = read_tokenizer(hf_directory)
     assert sample.encode_prompt(tokenizer, "", 64) == sample.encode_prompt(tokenizer, "\n", 64) != []
-    with pytest.raises(UserError, match="UTF-8"):
+    with pytest.raises(UserError, match="not valid text"):
         sample.encode_prompt(tokenizer, "a\ud800", 64)
-    (tmp_path / "good.txt").write_text("naïve\n", encoding="utf-8")
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
-    assert sample.read_prompt(f"FILE:{tmp_path / 'good.txt'}") == "naïve\n"
-    for name in ("bad.txt", "none.txt", "."):
-        with pytest.raises(UserError, match=str(tmp_path)):
-            sample.read_prompt(f"FILE:{tmp_path / name}")
-    if os.path.exists("/dev/zero"):
-        with pytest.raises(UserError, match="longer than"):
-            sample.read_prompt("FILE:/dev/zero")
 
 
 def test_of_a_huge_prompt_the_end_is_encoded(hf_directory):
@@ -162,7 +146,7 @@ def sliding_reference(model, prompt, n):
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
 def test_past_the_context_it_slides_as_documented(hf_directory, length):
-    """A bound checked on T instead of start + T is how peers crashed here; prompts below, at and beyond the context."""
+    """Prompts below, at and beyond the context; a bound checked on T instead of start + T made peers crash here."""
     model, _ = sample.load(hf_directory)
     prompt = [(7 * i) % 500 + 3 for i in range(length)]
     ours = [int(i) for i in sample.generate(model, prompt, 100, temperature=0, stop_ids=[])]
@@ -213,9 +197,9 @@ def test_unwritten_cache_rows_are_never_read(hf_directory):
     model, _ = sample.load(hf_directory)
     cache = KVCache(model.config, 1)
     cache.reserve(64)
-    for pair in cache.layers:
-        for buffer in pair:
-            buffer.fill_(float("nan"))
+    for layer in cache.layers:
+        layer.keys.fill_(float("nan"))
+        layer.values.fill_(float("nan"))
     with torch.no_grad():
         logits, _ = model(torch.arange(3, 20)[None], cache=cache, start=0)
         step, _ = model(torch.tensor([[7]]), cache=cache, start=17)
@@ -227,10 +211,10 @@ def test_the_cache_grows_with_use(hf_directory):
     model, _ = sample.load(save_hf_directory(hf_directory.parent / "long", tiny_hf(max_position_embeddings=4096)))
     cache = KVCache(model.config, 1)
     sample.prefill(model, torch.arange(3, 50)[None], cache)
-    assert cache.layers[0][0].size(2) == 64
+    assert cache.capacity == 64
     sample.prefill(model, torch.ones(1, 100, dtype=torch.int64), cache)
-    assert cache.layers[0][0].size(2) == 128
-    with pytest.raises(UserError, match="context of 4096"):
+    assert cache.capacity == 128
+    with pytest.raises(AssertionError, match="context is 4096"):
         cache.reserve(4097)
 
 
@@ -261,7 +245,10 @@ def test_the_command_prints_the_prompt_and_its_continuation(hf_directory):
     assert one.stdout == two.stdout and one.stdout.count("What news") == 2 and "tokens/s" in one.stderr
     int8 = run_script(*arguments, "--quantize=int8")
     assert int8.returncode == 0 and int8.stdout.startswith("What news")
-    for wrong in ("--device=tpu", "--prompt=FILE:none.txt"):
+    (hf_directory / "prompt.txt").write_text("Good morrow", encoding="utf-8")
+    done = run_script(*arguments, f"--prompt=FILE:{hf_directory / 'prompt.txt'}")
+    assert done.returncode == 0 and done.stdout.startswith("Good morrow")
+    for wrong in ("--device=tpu", "--prompt=FILE:none.txt", "--prompt=FILE:."):
         done = run_script(*arguments, wrong)
         assert done.returncode == 1 and "Traceback" not in done.stderr, wrong
     wrong = ["--dtype=half", "--temperature=-1", "--quantize=int3", "--num_samples=0", "--top_k=0", "--seed=1e3"]

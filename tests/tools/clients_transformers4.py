@@ -1,14 +1,14 @@
 """
-Does transformers 4.57, the last release before 5, compute the same from a run as this code does? It is not part of the
-test suite, because it installs that release into an environment of its own (a minute and about 60 MB; torch is taken
-from the environment that runs this script).
+Does transformers 4.57, the last release before 5, compute the same from a run as this code does? The test suite has no
+such test, because this installs that release into its own environment (a minute and about 60 MB; torch comes from the
+environment that runs this script).
 
     python tests/tools/clients_transformers4.py --model=out/tiny_shakespeare
-    python tests/tools/clients_transformers4.py --model=out/tiny_shakespeare --env=.venv4     # kept for the next time
+    python tests/tools/clients_transformers4.py --model=out/tiny_shakespeare --env=.venv4     # keeps the environment
 
-Compares, in fp32 on the CPU: token ids of hard strings, logits, and greedy text. Then the negative control: a copy of
-the directory with theta only in rope_parameters, where transformers 5 writes it, must give other logits, because 4.57
-looks for rope_theta and silently takes 10000 where there is none. Exit code 0 if both come out as expected.
+Compares, in fp32 on the CPU: token ids of difficult strings, logits, and greedy text. Negative control: a copy of the
+directory that has theta only in rope_parameters, where transformers 5 writes it, must give other logits, because 4.57
+reads rope_theta and silently takes 10000 without it. Exit code 0 if both come out as expected.
 """
 
 import json
@@ -44,7 +44,7 @@ PROMPTS = [
 @dataclass
 class Settings:
     model: str = ""  # model directory; empty: the newest run under out/
-    env: str = ""  # folder of the environment, made if it is not there; empty: a temporary one
+    env: str = ""  # folder of the environment, made if it does not exist; empty: a temporary one
 
 
 # What runs in the other environment, without this repository: python -c THEIRS DIRECTORY PROMPTS NEW_TOKENS RESULT
@@ -68,7 +68,7 @@ print(transformers.__version__)
 
 
 def environment(folder: Path) -> Path:
-    """The Python of an environment with transformers VERSION; torch comes from the one that runs this script."""
+    """Return the Python of an environment that has transformers VERSION, and torch from this script's environment."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not (folder / "complete").exists():
         print(f"installing transformers {VERSION} into {folder} ...", flush=True)
@@ -86,7 +86,7 @@ def environment(folder: Path) -> Path:
 
 
 def run_theirs(python: Path, directory: Path, folder: Path) -> tuple[dict, str]:
-    """What THEIRS computes of the model in `directory`, and the version of transformers that it found."""
+    """Run THEIRS on the model in `directory`; return its results, and the version of transformers."""
     result = folder / "result.safetensors"
     arguments = [str(directory), json.dumps(PROMPTS), str(NEW_TOKENS), str(result)]
     done = subprocess.run(
@@ -100,7 +100,7 @@ def run_theirs(python: Path, directory: Path, folder: Path) -> tuple[dict, str]:
 
 @torch.no_grad()
 def compare(model, tokenizer, theirs: dict) -> tuple[int, int, float]:
-    """How many prompts have other tokens, how many another continuation, and the largest difference of logits."""
+    """Return how many prompts have other tokens, how many another continuation, and the largest error of the logits."""
     tokens, texts, largest = 0, 0, 0.0
     for i, prompt in enumerate(PROMPTS):
         ids = theirs[f"{i}.ids"].tolist()

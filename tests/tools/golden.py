@@ -1,13 +1,12 @@
 """
-The golden run of tests/test_golden.py, compared to the last bit, or recorded anew.
+Compares the golden run of tests/test_golden.py with its record to the last bit, or records it again.
 
     python tests/tools/golden.py                   # prints the largest difference; exit code 1 if it is not 0
-    python tests/tools/golden.py --record=true     # writes tests/golden/log.json: only where the numbers should change
+    python tests/tools/golden.py --record=true     # writes tests/golden/log.json: only if the numbers should change
 """
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from lib.settings import override  # noqa: E402
 
-import pytest  # noqa: E402
 import test_golden as t  # noqa: E402
 import torch  # noqa: E402
 
@@ -27,33 +25,22 @@ import prepare  # noqa: E402
 @dataclass
 class Settings:
     record: bool = False  # write the record instead of comparing with it
-    stopped: str = ""  # also copy the folder of the stopped run to this place
 
 
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     torch.set_num_threads(1)
-    home, folder = os.getcwd(), tempfile.mkdtemp()
-    os.chdir(folder)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            t.stop_after(patch, t.STOP)
-            t.go(patch)
-        if s.stopped:
-            shutil.copytree("out/golden", Path(home, s.stopped), ignore=shutil.ignore_patterns(".lock"))
-        with pytest.MonkeyPatch.context() as patch:
-            t.go(patch)
-        ours = t.numbers("out/golden")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        ours = t.stopped_and_resumed()
         meta = prepare.read_meta("golden")
-    finally:
-        os.chdir(home)
-        shutil.rmtree(folder)
-    ours["data"] = {k: meta[k] for k in ("train_tokens", "val_tokens", "tokenizer_sha256", "source_sha256")}
+        os.chdir(t.ROOT)
+    ours["data"] = {key: meta[key] for key in t.GOLDEN["data"]}
     if s.record:
-        (t.GOLDEN / "log.json").write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+        (t.ROOT / "tests/golden/log.json").write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
         return
-    print(f"largest relative difference: {t.furthest(ours, t.golden())}")
-    if ours != t.golden():
+    print(f"largest relative difference: {t.furthest(ours)}")
+    if ours != t.GOLDEN:
         raise SystemExit("not equal to the last bit")
     print("equal to the last bit")
 

@@ -1,20 +1,16 @@
 """
 Record what the scripts of a checkout compute, to the last bit, and compare two records.
 
-    python tests/tools/record.py --out=old.json                          # of the checkout that this file lies in
-    python tests/tools/record.py --root=../other --out=new.json          # of another one; --only=train/ takes a part
-    python tests/tools/record.py --compare=old.json,new.json             # exit code 1 if anything differs
+    python tests/tools/record.py --out=old.json                  # of this checkout; --only=train/ records a part
+    python tests/tools/record.py --root=../other --out=new.json  # of another checkout
+    python tests/tools/record.py --compare=old.json,new.json     # exit code 1 if anything differs
 
-It uses command lines and files and imports nothing of the project, so it records the code before and after a
-refactoring alike. The checkout is copied to a temporary folder, uncommitted changes included, and all runs there, on
-one thread each. Two records can be compared if the same machine made them with the same packages.
-
-Each training case runs twice: once without a stop, and once with SIGTERM in the middle, after which the same command
-finishes it. "resumed" says whether both end with the same log, weights and state.
+It uses command lines and files and imports nothing of the project, so that a refactoring cannot change it. It works in
+a temporary copy of the checkout, uncommitted changes included. Two records can be compared if the same machine made
+them with the same packages. Each training case runs once without a stop, and once with SIGTERM in the middle, after
+which the same command finishes it; "resumed" says whether both end with the same log, weights and state.
 """
 
-import argparse
-import functools
 import hashlib
 import json
 import os
@@ -23,16 +19,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
-TIMED = re.compile("second|tok_per_s|mfu|memory|time|path")  # fields of log.jsonl that differ between any two runs
-PATHS = ("input", "source", "tokenizer")  # fields of meta.json
+OTHER = re.compile("second|tok_per_s|mfu|memory|time|path|^input$|^source$|^tokenizer$")  # differ between any two runs
 LENIENT = ("log", "meta")  # a field here that only one record has is printed, but does not count as a difference
 PLAY, TALKS = "--input=data/shakespeare/play.txt", "--input=data/chat/conversations.jsonl"
 BASE = (
@@ -41,8 +35,6 @@ BASE = (
     "--global_batch_size=8 --max_iters=60 --learning_rate=1e-2 --warmup_iters=5 --eval_interval=25 --eval_rows=20 "
     "--log_interval=1 --device=cpu --dtype=float32 --compile=off --peak_tflops=1"
 )
-OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-STOP = 20  # the step after which SIGTERM is sent
 TRAINING = {  # what follows BASE
     "compiled": "--compile=on --dropout=0.1 --token_noise=0.1 --micro_batch_size=4",
     "adamw": "--max_iters=150 --sample_interval=50",
@@ -55,11 +47,9 @@ TRAINING = {  # what follows BASE
     "float16": "--dtype=float16 --optimizer=muon --dropout=0.1 --lr_schedule=constant --initializer_range=2",
     "processes": "--optimizer=muon --dropout=0.1 --micro_batch_size=2",
 }
-DATA = {
-    "text": f"{PLAY} --vocab_size=700",
-    "talks": f"{TALKS} --tokenizer=data/record",
-    "documents": "--input=documents.jsonl",
-}
+DATA = dict(
+    text=f"{PLAY} --vocab_size=700", talks=f"{TALKS} --tokenizer=data/record", documents="--input=documents.jsonl"
+)
 SAMPLES = {
     "greedy": "--temperature=0 --max_new_tokens=300 --dtype=float32",  # beyond the context of 256
     "filtered": "--top_k=40 --top_p=0.95 --min_p=0.02 --repetition_penalty=1.1 --num_samples=3 --seed=7",
@@ -73,18 +63,20 @@ def sha(data) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def files(folder: Path, *patterns: str) -> dict:
+    return {f.name: sha(f.read_bytes()) for pattern in patterns for f in sorted(folder.glob(pattern))}
+
+
 def facts(t: torch.Tensor) -> str:
     return f"{t.dtype} {list(t.shape)} {sha(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy())}"
 
 
 def weights(file: Path) -> dict:
-    with safe_open(file, "pt") as f:
-        return {name: facts(f.get_tensor(name)) for name in f.keys()}
+    return {name: facts(tensor) for name, tensor in load_file(file).items()}
 
 
 def state(file: Path) -> list[str]:
-    """Find every tensor of a state.pt and the numbers of its loss scaler, and sort them: their place in the file does
-    not count. Single numbers and bytes (of random generators) are left out."""
+    """List the tensors of a state.pt and the numbers of its loss scaler, sorted, without those of random generators."""
     found, todo = [], [torch.load(file, weights_only=True)]
     for value in todo:
         if isinstance(value, dict):
@@ -97,17 +89,11 @@ def state(file: Path) -> list[str]:
     return sorted(found)
 
 
-def files(folder: Path, *patterns: str) -> dict:
-    return {f.name: sha(f.read_bytes()) for pattern in patterns for f in sorted(folder.glob(pattern))}
-
-
 def result(run: Path) -> dict:
     """Take what a run left in its folder; the log by columns, without its timings."""
-    log = {}
-    for i, line in enumerate((run / "log.jsonl").read_text().splitlines()):
-        for key, value in json.loads(line).items():
-            if not TIMED.search(key):
-                log.setdefault(key, []).append([i, repr(value)])  # as text, since NaN is not equal to itself
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    columns = {key for row in rows for key in row if not OTHER.search(key)}
+    log = {k: [[i, repr(row[k])] for i, row in enumerate(rows) if k in row] for k in columns}  # as text: NaN != NaN
     states = {f.name: state(f) for f in sorted(run.glob("*.pt"))}
     return dict(log=log, weights=weights(run / "model.safetensors"), **states, **files(run, "*.json", "*.jinja"))
 
@@ -116,36 +102,20 @@ class Recorder:
     """The cases, in a copy of a checkout: each method runs one and returns its record."""
 
     def __init__(self, work: Path):
-        self.work = work
-        cache = str(work / "inductor")
-        fixed = dict(OMP_NUM_THREADS="1", PYTHONUTF8="1", PYTHONUNBUFFERED="1", TORCHINDUCTOR_CACHE_DIR=cache)
-        self.environment = os.environ | fixed | dict(HF_HUB_OFFLINE="1")
+        fixed = dict(OMP_NUM_THREADS="1", PYTHONUTF8="1", PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
+        self.work, self.environment = work, os.environ | fixed | dict(TORCHINDUCTOR_CACHE_DIR=f"{work}/inductor")
 
     def run(self, command: str, stop: bool = False, stdin: str = "") -> str:
-        """Run a script, return what it prints to stdout. With `stop`, send SIGTERM after the line of step STOP."""
-        with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as errors:
-            given.write(stdin)
-            given.seek(0)
-            place = dict(cwd=self.work, env=self.environment, encoding="utf-8")
-            streams = dict(stdin=given, stdout=subprocess.PIPE, stderr=errors)
-            process = subprocess.Popen([sys.executable, *command.split()], **place, **streams)
-            printed, waiting = "", stop
-            for line in process.stdout:
-                printed += line
-                if waiting and re.match(rf"step +{STOP}\b", line):
-                    process.terminate()
-                    waiting = False
-            if waiting or bool(process.wait()) != stop:  # a run that is stopped ends with the signal's exit code
-                errors.seek(0)
-                ended = f"{'not stopped in time, ' if stop else ''}exit code {process.wait()}"
-                raise RuntimeError(f"{command}\n{ended}\n{printed[-500:]}{errors.read()[-2000:]}")
+        """Run a script and return what it prints to stdout. With `stop`, send SIGTERM after the line of step 20."""
+        argv, pipes = [sys.executable, *command.split()], dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(argv, cwd=self.work, env=self.environment, encoding="utf-8", **pipes)
+        stopped = stop and any(re.match(r"step +20\b", line) for line in process.stdout)
+        if stopped:
+            process.terminate()
+        printed, errors = process.communicate(stdin)
+        if stopped != stop or bool(process.returncode) != stop:  # a run that is stopped ends with the signal's code
+            raise RuntimeError(f"{command}\nexit code {process.returncode}\n{printed[-500:]}{errors[-2000:]}")
         return printed
-
-    @functools.cache  # noqa: B019
-    def flag(self, script: str, *names: str) -> str:
-        """Ask --help which of these names a flag has."""
-        text = self.run(f"{script} --help")
-        return next(name for name in names if f"--{name}=" in text)
 
     def train(self, name: str) -> dict:
         launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 " if name == "processes" else ""
@@ -156,33 +126,28 @@ class Recorder:
         self.run(f"{command}_stopped", stop=True)
         self.run(f"{command}_stopped")
         found = [text for text, _ in differences(whole, result(out / f"{name}_stopped"))]
-        return whole | dict(resumed=found or "equal") | (self.chat() if name == "talks" else {})
-
-    def chat(self) -> dict:
-        command = "chat.py --model=out/talks --device=cpu --max_new_tokens=60 --temperature="
-        return {f"chat {t}": self.run(f"{command}{t}", stdin="help\nWho are you?\n") for t in (0, 0.7)}
+        chat, said = "chat.py --model=out/talks --device=cpu --max_new_tokens=60 --temperature=", "help\nWho are you?\n"
+        answers = {f"chat {t}": self.run(f"{chat}{t}", stdin=said) for t in (0, 0.7) if name == "talks"}
+        return whole | dict(resumed=found or "equal") | answers
 
     def data(self, name: str) -> dict:
         self.run(f"prepare.py {DATA[name]} --dataset=record_{name}")
         folder = self.work / f"data/record_{name}"
-        meta = json.loads((folder / "meta.json").read_text())
-        meta = {k: v for k, v in meta.items() if k not in PATHS and not TIMED.search(k)}
-        return dict(meta=meta) | files(folder, "tokenizer.json", "*.bin", "*.jinja")
+        meta = {k: v for k, v in json.loads((folder / "meta.json").read_text()).items() if not OTHER.search(k)}
+        return dict(meta=meta, **files(folder, "tokenizer.json", "*.bin", "*.jinja"))
 
     def sample(self, name: str) -> dict:
         command = f"sample.py --model=out/adamw --prompt=The --device=cpu {SAMPLES[name]}"
-        return {"fast": self.run(command), "slow": self.run(f"{command} --{self.flag('sample.py', 'use_c', 'fast')}=0")}
+        return {"fast": self.run(command), "slow": self.run(f"{command} --fast=0")}
 
     def evaluate(self, dataset: str) -> dict:
         return dict(text=self.run(f"evaluate.py --model=out/adamw --dataset={dataset} --device=cpu --dtype=float32"))
 
     def gguf(self, outtype: str) -> dict:
-        """Write the model to a GGUF file, and make a model of that again."""
         folder, back = self.work / f"out/gguf_{outtype}", self.work / f"out/back_{outtype}"
         self.run(f"export_gguf.py --model=out/adamw --outtype={outtype} --out_dir={folder}")
         (file,) = folder.glob("*.gguf")
-        out = self.flag("import_gguf.py", "out", "out_dir")
-        self.run(f"import_gguf.py --gguf={file} --{out}={back} --dtype=float32")
+        self.run(f"import_gguf.py --gguf={file} --out={back} --dtype=float32")
         reader = gguf.GGUFReader(file)
         tensors = {t.name: f"{t.tensor_type.name} {t.shape.tolist()} {sha(t.data.tobytes())}" for t in reader.tensors}
         keys = {key: sha(repr(field.contents()).encode()) for key, field in reader.fields.items()}
@@ -194,32 +159,39 @@ def differences(old, new, at: str = "") -> list[tuple[str, bool]]:
     """List what differs between two records, each with whether it counts."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = [pair for k in old if k in new for pair in differences(old[k], new[k], f"{at} {k}".strip())]
-        for word, keys in (("old", old.keys() - new.keys()), ("new", new.keys() - old.keys())):
-            found += [(f"{at} fields only in {word}: {', '.join(sorted(keys))}", at not in LENIENT)] if keys else []
-        return found
+        lone = sorted(f"{k} ({'old' if k in old else 'new'})" for k in old.keys() ^ new.keys())
+        return found + ([(f"{at} fields only in one record: {', '.join(lone)}", at not in LENIENT)] if lone else [])
     if isinstance(old, list) and isinstance(new, list) and old != new:
         apart = [pair for pair in zip(old, new) if pair[0] != pair[1]]
-        first = f", first {apart[0][0]} and {apart[0][1]}" if apart else ""
-        return [(f"{at}: {len(apart)} differ of {len(old)} and {len(new)}{first}", True)]
+        return [(f"{at}: {len(apart)} differ of {len(old)} and {len(new)}, first {apart[:1]}", True)]
     return [] if old == new else [(f"{at}: {str(old)[:150]!r} and {str(new)[:150]!r}", True)]
 
 
-def compare(old: dict, new: dict, only: str) -> bool:
+def same(old: dict, new: dict, only: str) -> bool:
     """Print each case; return whether all are the same and none failed."""
-    differing = 0
+    verdicts, missing = [], dict(error="it is not in this record")
     for name in [name for name in sorted(old.keys() | new.keys()) if only in name]:
-        sides = [record.get(name, dict(error="it is not in this record")) for record in (old, new)]
+        sides = old.get(name, missing), new.get(name, missing)
         found = [("error: " + side["error"], True) for side in sides if "error" in side] or differences(*sides)
-        differs = any(counts for _, counts in found)
-        differing += differs
-        print("\n           ".join([f"{'different' if differs else 'same':10} {name}", *(text for text, _ in found)]))
-    return not differing
+        verdicts.append("different" if any(counts for _, counts in found) else "same")
+        print("\n           ".join([f"{verdicts[-1]:10} {name}", *(text for text, _ in found)]))
+    return "different" not in verdicts
 
 
 def make(root: Path, only: str) -> dict:
-    """Record a checkout: case by case what it came to, or the error that it ended with."""
-    record = {}
-    with tempfile.TemporaryDirectory() as folder:
+    """Record a checkout: of each case what it computed, or the error that it ended with."""
+
+    def do(kind: str, name: str) -> tuple[str, dict]:
+        try:
+            case = getattr(recorder, kind)(name)
+        except Exception as error:
+            case = dict(error=f"{type(error).__name__}: {error}")
+        print(f"{kind}/{name}", case.get("error") or f"resumed: {case.get('resumed', '-')}", flush=True)
+        return f"{kind}/{name}", case
+
+    cases = dict(train=TRAINING, data=DATA, sample=SAMPLES, gguf=["f32", "f16", "bf16", "q8_0"], evaluate=["record"])
+    chosen = [(kind, name) for kind, names in cases.items() for name in names if only in f"{kind}/{name}"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         work = Path(folder, "checkout")
         left_out = (".*", "out", "tests", "docs", "venv", "__pycache__", "*.bin", "*.pt", "*.gguf", "*.safetensors")
         shutil.copytree(root, work, ignore=shutil.ignore_patterns(*left_out))
@@ -227,42 +199,21 @@ def make(root: Path, only: str) -> dict:
         (work / "documents.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in paragraphs))
         recorder = Recorder(work)
         recorder.run(f"train.py {BASE} {TRAINING['adamw']} --out_dir=out/adamw")  # other cases begin from its model
-        lists = dict(train=TRAINING, data=DATA, sample=SAMPLES, gguf=OUTTYPES, evaluate=["record"])
-
-        def do(kind: str, name: str):
-            began = time.perf_counter()
-            try:
-                case = getattr(recorder, kind)(name)
-            except Exception as error:
-                case = dict(error=repr(error) if not isinstance(error, RuntimeError) else str(error))
-            record[f"{kind}/{name}"] = case
-            said = case.get("error") or (f"resumed: {case['resumed']}" if "resumed" in case else "")
-            print(f"{time.perf_counter() - began:6.1f} s  {kind}/{name}  {said}", flush=True)
-
-        with ThreadPoolExecutor(2) as pool:
-            for kind, names in lists.items():
-                for name in names:
-                    if only in f"{kind}/{name}":
-                        pool.submit(do, kind, name)
-    return dict(sorted(record.items()))
+        return dict(sorted(pool.map(lambda case: do(*case), chosen)))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).parents[2], help="the checkout to record")
-    parser.add_argument("--out", type=Path, help="the file that gets the record")
-    parser.add_argument("--compare", help="two records: OLD,NEW")
-    parser.add_argument("--only", default="", help="cases that have this in their name")
-    s = parser.parse_args()
-    if s.compare:
-        old, new = (json.loads(Path(file).read_text(encoding="utf-8")) for file in s.compare.split(","))
-        raise SystemExit(0 if compare(old, new, s.only) else 1)
-    if not s.out:
-        parser.error("give --out=FILE or --compare=OLD,NEW")
-    record = make(s.root.resolve(), s.only)
-    s.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if not record or any("error" in case or case.get("resumed", "equal") != "equal" for case in record.values()):
-        raise SystemExit("no case has this in its name" if not record else "not all cases are sound: see above")
+    s = dict(root=Path(__file__).parents[2], out="", compare="", only="")
+    s |= dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    if s["compare"]:
+        records = [json.loads(Path(file).read_text(encoding="utf-8")) for file in s["compare"].split(",")]
+        raise SystemExit(0 if same(*records, s["only"]) else 1)
+    if not s["out"]:
+        raise SystemExit(__doc__)
+    record = make(Path(s["root"]).resolve(), s["only"])
+    Path(s["out"]).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sound = [case.get("resumed", "equal") == "equal" and "error" not in case for case in record.values()]
+    raise SystemExit(0 if sound and all(sound) else 1)
 
 
 if __name__ == "__main__":

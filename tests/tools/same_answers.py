@@ -1,11 +1,11 @@
 """
-Does a chat model say the same everywhere? Conversations of several turns, answered greedily in fp32 by chat.py, by the
-playground, by transformers' pipeline, and by llama.cpp's /v1/chat/completions from the exported GGUF file; each of them
-makes the ids from the messages by its own means. It needs gguf, transformers and the xllamacpp wheel.
+Does a chat model give the same answers everywhere? Conversations of several turns are answered greedily in fp32 by
+chat.py, by the playground, by transformers' pipeline, and by llama.cpp's /v1/chat/completions from the exported GGUF
+file. Each of them turns the messages into ids by its own code. Needs gguf, transformers and the xllamacpp wheel.
 
     python tests/tools/same_answers.py --model=out/chat_smollm2            # ten conversations, some minutes
 
-The questions are those of data/chat/heldout.jsonl, the answers in between the model's own. Exit code 0 if all agree.
+The questions are from data/chat/heldout.jsonl; the answers between them are the model's own. Exit code 0 if all agree.
 """
 
 import json
@@ -32,25 +32,25 @@ ROOT = Path(__file__).parents[2]
 class Settings:
     model: str = ""  # a model directory with a chat template
     conversations: Count = 10
-    max_new_tokens: Count = 64  # of an answer; most end before
+    max_new_tokens: Count = 64  # per answer; most are shorter
 
 
 def questions(count: int) -> list[tuple[str, list[str]]]:
-    """(system message or "", what the user says turn by turn) of held-out conversations with two turns and more."""
+    """Return (system message or "", the user's messages) of held-out conversations with two or more turns."""
     lines = (ROOT / "data" / "chat" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     found = []
     for messages in (json.loads(line)["messages"] for line in lines):
-        said = {role: [m["content"] for m in messages if m["role"] == role] for role in ("system", "user")}
-        if len(said["user"]) > 1:
-            found.append(("".join(said["system"]), said["user"]))
+        texts = {role: [m["content"] for m in messages if m["role"] == role] for role in ("system", "user")}
+        if len(texts["user"]) > 1:
+            found.append(("".join(texts["system"]), texts["user"]))
     return found[:count]
 
 
 class Clients:
-    """One model in four programs; each entry of `answer` takes the messages so far and gives the next one's text."""
+    """One model in four programs. Each function in `answer` takes the messages so far and returns the next text."""
 
     def __init__(self, model: str, folder: str, length: int):
-        """folder: where the GGUF file is written."""
+        """folder: for the GGUF file."""
         from llamacpp import LlamaCpp
         from transformers import pipeline
 
@@ -65,14 +65,14 @@ class Clients:
         }  # fmt: skip
 
     def by_chat(self, messages) -> str:
-        if len(messages) < 3:  # a new conversation; else the one whose beginning it has read already
+        if len(messages) < 3:  # a new conversation; otherwise the chat has cached its beginning
             self.chat.reset(messages[0]["content"] if messages[0]["role"] == "system" else "")
         return "".join(self.chat.answer(messages[-1]["content"], self.length, temperature=0.0))
 
     def by_app(self, messages) -> str:
         record, numbers = app.Record(), {name: default for name, (_, _, default, *_) in app.KNOBS.items()}
         numbers |= dict(temperature=0, max_new_tokens=self.length)
-        for _ in app.write(self.models, record, self.models.extra, False, "", messages, **numbers):
+        for _ in app.write(self.models, record, next(iter(self.models.choices())), False, "", messages, **numbers):
             pass
         return record.text
 
@@ -86,26 +86,26 @@ class Clients:
 
 
 def compare(model: str, count: int, length: int) -> tuple[int, list[str]]:
-    """(answers compared, a line for each that differs from chat.py's)."""
+    """Return the number of answers compared, and a line for each that differs from chat.py's."""
     with tempfile.TemporaryDirectory() as folder:
         clients, compared, different = Clients(model, folder, length), 0, []
         for system, asked in questions(count):
             messages = [dict(role="system", content=system)] if system else []
             for question in asked:
                 messages.append(dict(role="user", content=question))
-                said = {name: answer(messages) for name, answer in clients.answer.items()}
-                for name, text in said.items():
-                    compared += name != "chat.py"
-                    if text != said["chat.py"]:
-                        different.append(f"{name} answers {question!r} with {text!r}, chat.py with {said['chat.py']!r}")
-                messages.append(dict(role="assistant", content=said["chat.py"]))
+                answers = {name: answer(messages) for name, answer in clients.answer.items()}
+                ours = answers.pop("chat.py")
+                compared += len(answers)
+                others = [(name, text) for name, text in answers.items() if text != ours]
+                different += [f"{name}: {question!r} -> {text!r}, chat.py: {ours!r}" for name, text in others]
+                messages.append(dict(role="assistant", content=ours))
         return compared, different
 
 
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     if not s.model:
-        raise UserError("--model is needed: a model directory with a chat template.")
+        raise UserError("--model is missing. It takes a model directory with a chat template.")
     compared, different = compare(s.model, s.conversations, s.max_new_tokens)
     print("\n".join(different) or f"all {compared} answers are those of chat.py")
     if different:

@@ -1,19 +1,21 @@
 """
-The promises of train.py, tested by real kills and a full disk: minutes long, outside the normal suite.
+Test the promises of train.py and prepare.py with real kills and a full disk: minutes long, outside the normal suite.
 
-    python tests/tools/stress.py                  # everything: about ten minutes on two cores
-    python tests/tools/stress.py --kills=10       # fewer kills
+    python tests/tools/stress.py                                # everything: about fifteen minutes on two cores
+    python tests/tools/stress.py --kills=10 --prepare_kills=10  # fewer kills
 
-It trains a small model in a folder of its own and (1) kills it with SIGKILL at fifty random instants, while training,
-evaluating and saving, checking after each kill that the model directory loads, here and in transformers, and that no
-more than one checkpoint interval is lost; (2) fills the disk under it; (3) stops it by signals at random steps; (4)
-splits the work otherwise, over micro-batches and processes, also from one resume to the next. Each time the result is
-compared with a run that nobody disturbed, to the last bit where one process computed it, the files by their sha256.
+It kills prepare.py at random moments: data/NAME is then the old data set or the new one, whole, and train.py uses it.
+It kills a small training run while it trains, evaluates and saves: the model directory loads, here and in transformers,
+and at most one checkpoint interval is lost. Then it stops the run by signals, fills the disk, and splits the work over
+other micro-batches and processes. Each result is compared with a run that nobody disturbed: to the last bit if one
+process computed it, the files by their sha256.
 """
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,28 +28,29 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
+PLAY = ROOT / "data/shakespeare/play.txt"
 sys.path.insert(0, str(ROOT))
 
 from lib.files import file_sha256  # noqa: E402
-from lib.settings import NonNegativeInt, override  # noqa: E402
+from lib.settings import Natural, override  # noqa: E402
 
 import checkpoint  # noqa: E402
+import prepare  # noqa: E402
 
 
 @dataclass
 class Settings:
-    kills: NonNegativeInt = 50  # SIGKILLs
-    stops: NonNegativeInt = 10  # SIGINTs and SIGTERMs
-    seed: int = 0  # of the random instants
+    kills: Natural = 50  # SIGKILLs of train.py
+    prepare_kills: Natural = 20  # SIGKILLs of prepare.py
+    stops: Natural = 10  # SIGINTs and SIGTERMs
+    seed: int = 0  # of the random moments
 
 
 RUN = (
-    "--dataset=play --vocab_size=1000 --hidden_size=96 --intermediate_size=256 --num_hidden_layers=3 "
-    "--num_attention_heads=6 --num_key_value_heads=2 --block_size=64 --global_batch_size=8 --micro_batch_size=8 "
-    "--max_iters=400 --eval_interval=10 --sample_interval=50 --log_interval=1 --learning_rate=3e-3 --compile=off"
+    "--dataset=play --hidden_size=96 --intermediate_size=256 --num_hidden_layers=3 --num_attention_heads=6 "
+    "--num_key_value_heads=2 --block_size=64 --global_batch_size=8 --micro_batch_size=8 --max_iters=400 "
+    "--eval_interval=10 --sample_interval=50 --log_interval=1 --learning_rate=3e-3 --compile=off"
 ).split()
-
-
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # the model is tiny, and two processes must share two cores
 
 
@@ -56,10 +59,11 @@ def command(out, *flags, processes=1):
     return [sys.executable, *launcher, str(ROOT / "train.py"), *RUN, f"--out_dir={out}", *flags]
 
 
-def start(out) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD
-    )  # fmt: skip
+def start(out) -> tuple[subprocess.Popen, int]:
+    """Start a run and wait for its first step, so that a kill does not fall on the imports; return the step, too."""
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.Popen(command(out), env=ONE_THREAD, **streams)
+    return run, next((int(line.split()[1]) for line in run.stdout if line.startswith("step ") and "|" in line), 0)
 
 
 def finish(out, *flags, processes=1, code=0) -> str:
@@ -73,25 +77,18 @@ def state(out):
 
 
 def entries(out, key) -> dict:
-    rows = []
-    for line in Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            pass  # half a line, from a kill
+    rows = map(json.loads, Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["step"]: row[key] for row in rows if key in row}
 
 
-def same_run(a, b) -> str:
-    """What differs between two finished runs; empty if nothing does, to the last bit."""
-    x, y = state(a), state(b)
-    wrong = [f"weights {k}" for k in x["model"] if not torch.equal(x["model"][k], y["model"][k])]
-    for i, entry in x["optimizer"]["state"].items():
-        wrong += [f"optimizer {i} {k}" for k, v in entry.items() if not torch.equal(v, y["optimizer"]["state"][i][k])]
-    wrong += [key for key in ("loss", "lr", "grad_norm", "val_loss", "sample") if entries(a, key) != entries(b, key)]
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        wrong += [f"sha256 of {name}"] if file_sha256(Path(a, name)) != file_sha256(Path(b, name)) else []
-    return ", ".join(wrong[:5])
+def assert_same(a, b):
+    """Two finished runs are equal to the last bit."""
+    x, y = ([state(run)["model"], state(run)["optimizers"]] for run in (a, b))
+    torch.testing.assert_close(x, y, rtol=0, atol=0)
+    wrong = [key for key in ("loss", "lr", "grad_norm", "val_loss", "sample") if entries(a, key) != entries(b, key)]
+    files = "model.safetensors", "config.json", "tokenizer.json"
+    wrong += [name for name in files if file_sha256(Path(a, name)) != file_sha256(Path(b, name))]
+    assert not wrong, f"{a} and {b} differ: {wrong}"
 
 
 def loads(out):
@@ -103,144 +100,135 @@ def loads(out):
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert AutoTokenizer.from_pretrained(out)("Softly, mother.")["input_ids"] == ids[0].tolist()
     with torch.no_grad():
-        difference = float((theirs(ids).logits - model(ids)[0]).abs().max())
-    assert difference < 1e-4, f"transformers reads another model: {difference}"
+        torch.testing.assert_close(theirs(ids).logits, model(ids)[0], atol=1e-4, rtol=0)
+
+
+def data_files(name) -> dict:
+    """Hash the files of data/NAME; of meta.json take what describes the others, since it also holds paths and times."""
+    meta = prepare.read_meta(name)
+    files = {f.name: file_sha256(f) for f in Path("data", name).iterdir() if f.name not in (".lock", "meta.json")}
+    return files | {key: meta[key] for key in ("train_tokens", "val_tokens", "vocab_size", "source_sha256")}
+
+
+def prepare_kills(n):
+    """Kill prepare.py while it replaces one data set by another: text by text, text by conversations, and back."""
+    whole, chat = {}, f"--tokenizer=data/play --input={ROOT}/data/chat"
+    Path("short.txt").write_text(PLAY.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
+    ways = dict(short="--input=short.txt --vocab_size=400", long=f"--input={PLAY} --vocab_size=600")
+    ways |= dict(few=f"{chat}/heldout.jsonl", many=f"{chat}/conversations.jsonl")
+    make = lambda way, name: [sys.executable, f"{ROOT}/prepare.py", f"--dataset={name}", *ways[way].split()]
+    for way in ways:
+        began = time.time()
+        subprocess.run(make(way, way), check=True, capture_output=True)
+        whole[way], seconds = data_files(way), time.time() - began
+    old, written = "short", Path("data/victim/meta.json.tmp")
+    shutil.copytree("data/short", "data/victim")
+    for i in range(n):
+        new, began = random.choice([way for way in ways if way != old]), time.time()
+        run = subprocess.Popen(make(new, "victim"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while i % 2 and run.poll() is None and not (written.exists() and written.stat().st_mtime >= began):
+            time.sleep(0.001)  # every other kill comes when the new files are about to get their names
+        time.sleep(random.random() * (0.06 if i % 2 else seconds))
+        run.kill()
+        run.wait()
+        finish("out/victim", "--dataset=victim", "--max_iters=1", "--init_from=scratch")
+        kept = [way for way in (old, new) if whole[way].items() <= data_files("victim").items()]
+        (old,) = kept  # fails if data/victim is neither
+    for way in ("few", "short"):
+        subprocess.run(make(way, "victim"), check=True, capture_output=True)
+        assert data_files("victim") == whole[way], f"left over: {data_files('victim').keys() ^ whole[way].keys()}"
+    print(f"prepare kills: {n}, the data set whole each time and used by train.py")
 
 
 def kills(n):
-    started, lost, where, loaded = time.time(), [], [], 0
+    lost = []
     for i in range(n):
-        run = start("out/kills")
-        last, resumed = 0, 0
-        for line in run.stdout:  # count the wait from the first step, so that imports do not swallow it
-            if line.startswith("resume"):
-                resumed = int(line.split("at step ")[1].split(",")[0])
-            if line.startswith(("step ", "eval ")) and "|" in line:
-                last = int(line.split()[1])
-                break
+        run, first = start("out/kills")
         time.sleep(random.random() * 1.5)
-        run.send_signal(signal.SIGKILL)
-        rest = run.communicate()[0].splitlines()
-        said = [line for line in rest if line.startswith(("step ", "eval ")) and "|" in line]
-        where.append("evaluating or saving" if said and said[-1].startswith("eval ") else "training")
-        reached = max([last, *(int(line.split()[1]) for line in said)])
+        run.kill()
+        reached = max([first, *map(int, re.findall(r"^(?:step|eval) +(\d+)", run.communicate()[0], re.M))])
         kept = state("out/kills")["progress"]["step"] if Path("out/kills/state.pt").exists() else 0
         lost.append(reached - kept)
-        assert 0 <= lost[-1] <= 10, f"kill {i}: {reached} steps done, {kept} kept"
+        assert 0 <= lost[-1] <= 10, f"kill {i + 1}: {reached} steps done, {kept} kept"
         loads("out/kills")
-        loaded += 1
-        if run.returncode == 0 or reached >= 390:  # it got to its end: begin again, kills go on
+        if run.returncode == 0 or reached >= 390:  # it got to its end: begin again
             shutil.rmtree("out/kills")
-        print(f"  kill {i + 1:>2}: from step {resumed} to {reached} ({where[-1]}), kept {kept}", flush=True)
     finish("out/kills")
     assert not [f for f in os.listdir("out/kills") if "tmp" in f], "stale temporary files"
-    differs = same_run("out/kills", "out/whole")
-    assert not differs, differs
-    print(
-        f"kills: {n} x SIGKILL ({where.count('training')} while training, {n - where.count('training')} while "
-        f"evaluating or saving), {loaded} x the folder loaded here and in transformers, at most {max(lost)} steps "
-        f"repeated (an interval is 10), the end bit-equal to the undisturbed run; {time.time() - started:.0f} s"
-    )
+    assert_same("out/kills", "out/whole")
+    print(f"kills: {n}, at most {max(lost, default=0)} steps repeated, the end bit-equal")
 
 
 def stops(n):
-    started, steps = time.time(), []
     for _ in range(n):
-        run = start("out/stops")
-        for line in run.stdout:
-            if line.startswith("step ") and "|" in line:
-                break
+        run, _ = start("out/stops")
         time.sleep(random.random() * 1.5)
         number = random.choice((signal.SIGINT, signal.SIGTERM))
         run.send_signal(number)
         rest = run.communicate()[0]
-        stopped = run.returncode == 128 + number and "Go on with: python" in rest
+        stopped = run.returncode == 128 + number and "Resume with: python train.py" in rest
         assert stopped or run.returncode == 0 and "done: " in rest, rest
-        steps.append(state("out/stops")["progress"]["step"])
     finish("out/stops")
-    differs = same_run("out/stops", "out/whole")
-    assert not differs, differs
-    print(f"stops: {n} x SIGINT or SIGTERM at steps {steps}, the end bit-equal; {time.time() - started:.0f} s")
+    assert_same("out/stops", "out/whole")
+    print(f"stops: {n} x SIGINT or SIGTERM at random moments, the end bit-equal")
 
 
 def full_disk():
-    """A file system of 24 MB where the right to mount one is there; else a limit on the size of files, which the kernel
-    enforces in the middle of a write just so."""
-    started, folder = time.time(), Path("small")
-    folder.mkdir()
+    """Fill a file system of 24 MB, if this user may mount one."""
+    (folder := Path("small")).mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
-        print("full disk: skipped, no right to mount a small file system here")
-        return
+        return print("full disk: skipped, no right to mount a small file system here")
     try:
         finish("small/run", "--max_iters=20", "--lr_decay_iters=400")
         before = (folder / "run/state.pt").read_bytes()
-        free = shutil.disk_usage(folder).free
-        (folder / "ballast").write_bytes(b"x" * (free - 200_000))
-        text = finish("small/run", "--max_iters=60", "--lr_decay_iters=400", code=1)
-        failed = text.count("could not be written")
-        assert failed and "ended at step 60, which was not saved" in text
-        assert (folder / "run/state.pt").read_bytes() == before, "the previous state must stay as it was"
-        assert not list(folder.glob("run/*.tmp"))
+        (folder / "ballast").write_bytes(b"x" * (shutil.disk_usage(folder).free - 200_000))
+        failed = finish("small/run", "--max_iters=60", "--lr_decay_iters=400", code=1).count("could not be written")
+        assert failed and (folder / "run/state.pt").read_bytes() == before, "the previous state must stay as it was"
+        assert not list(folder.glob("run/*.tmp")), "stale temporary files"
         loads(folder / "run")
         (folder / "ballast").unlink()
         finish("small/run", "--lr_decay_iters=400")
-        finish("out/decay", "--lr_decay_iters=400")
-        differs = same_run("small/run", "out/decay")
-        assert not differs, differs
-        print(
-            f"full disk: {failed} saves failed with a warning, the previous checkpoint stayed byte for byte, training "
-            f"went on; with room again the run resumed from it to a bit-equal end; {time.time() - started:.0f} s"
-        )
+        assert_same("small/run", "out/whole")
+        print(f"full disk: {failed} saves failed, the previous checkpoint stayed; later the run got to a bit-equal end")
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
 
 def splits():
-    started, worst = time.time(), {}
-    ways = {
-        "micro-batch 4": [("--micro_batch_size=4", 1, 400)],
-        "micro-batch 3": [("--micro_batch_size=3", 1, 400)],
-        "2 processes": [("--micro_batch_size=8", 2, 400)],
-        "1, then 2, then 1 process": [("--micro_batch_size=8", n, m) for n, m in ((1, 100), (2, 200), (1, 400))],
+    fixed = "--lr_decay_iters=400", "--dtype=float32"
+    finish("out/exact", *fixed)
+    whole, end = entries("out/exact", "loss"), entries("out/exact", "val_loss")[400]
+    ways = {  # (micro-batch, processes, last step) of each part of the run
+        "micro-batch 3": [(3, 1, 400)],
+        "1, then 2, then 1 process": [(8, 1, 100), (8, 2, 200), (8, 1, 400)],
     }
+    print("splits (largest difference of the loss, fp32; training magnifies rounding as it goes):")
     for i, (name, parts) in enumerate(ways.items()):
         for micro, processes, until in parts:
-            flags = (micro, f"--max_iters={until}", "--lr_decay_iters=400", "--dtype=float32")
-            finish(f"out/split{i}", *flags, processes=processes)
-        if not Path("out/exact").exists():
-            finish("out/exact", "--lr_decay_iters=400", "--dtype=float32")
-        ours, whole = entries(f"out/split{i}", "loss"), entries("out/exact", "loss")
-        assert ours.keys() == whole.keys(), "other steps were logged"
+            flags = f"--micro_batch_size={micro}", f"--max_iters={until}"
+            finish(f"out/split{i}", *flags, *fixed, processes=processes)
+        ours = entries(f"out/split{i}", "loss")
         early = max(abs(ours[s] - whole[s]) for s in range(1, 11))
-        late = abs(entries(f"out/split{i}", "val_loss")[400] - entries("out/exact", "val_loss")[400])
-        assert early < 2e-5 and late < 0.02, (name, early, late)
-        worst[name] = f"{early:.1e} over the first 10 steps, {late:.1e} in the last validation loss"
-    print("splits (largest difference of the loss, fp32; training magnifies rounding as it goes):")
-    for name, text in worst.items():
-        print(f"  {name}: {text}")
-    print(f"  {time.time() - started:.0f} s")
+        late = abs(entries(f"out/split{i}", "val_loss")[400] - end)
+        assert ours.keys() == whole.keys() and early < 2e-5 and late < 0.02, (name, early, late)
+        print(f"  {name}: {early:.1e} over the first 10 steps, {late:.1e} in the last validation loss")
 
 
 def main():
     (s,) = override(sys.argv[1:], Settings, doc=__doc__)
     random.seed(s.seed)
-    home, folder = os.getcwd(), tempfile.mkdtemp(prefix="stress")
-    os.chdir(folder)
-    try:
-        play = f"--input={ROOT / 'data/shakespeare/play.txt'}"
-        prepare = [sys.executable, str(ROOT / "prepare.py"), play, "--dataset=play", "--vocab_size=1000"]
-        subprocess.run(prepare, check=True)
+    with tempfile.TemporaryDirectory(prefix="stress") as folder, contextlib.chdir(folder):
+        play = [f"--input={PLAY}", "--dataset=play", "--vocab_size=1000"]
+        subprocess.run([sys.executable, str(ROOT / "prepare.py"), *play], check=True)
+        prepare_kills(s.prepare_kills)
         finish("out/whole")
         print(f"undisturbed: 400 steps, best {min(entries('out/whole', 'val_loss').values()):.4f}")
         kills(s.kills)
         stops(s.stops)
         full_disk()
         splits()
-        print("nothing was lost")
-    finally:
-        os.chdir(home)
-        shutil.rmtree(folder, ignore_errors=True)
+    print("nothing was lost")
 
 
 if __name__ == "__main__":

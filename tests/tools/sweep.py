@@ -1,14 +1,14 @@
 """
-Train a recipe several times, with one thing changed at a time, and print what each variant reaches. Nothing else should
-run beside it. A slash stands between the variants; the first group of arguments goes to all of them.
+Trains a recipe several times, with one thing changed at a time, and prints what each variant reaches. Nothing else
+should run meanwhile. Variants are separated by a slash; the first group of arguments goes to all of them.
 
     python tests/tools/sweep.py config/tiny_shakespeare.py --max_iters=600 / --optimizer=adamw / --optimizer=muon
     python tests/tools/sweep.py --seeds=1,2,3 config/tiny_shakespeare.py / --token_noise=0 / --token_noise=0.1
 
-Bits per byte of the validation text, of the model that each run kept: the mean over the seeds, and the largest
-distance from it. In rows: what train.py printed, in rows of its block_size. Sliding: evaluate.py's, whose rows are as
-long as the model's context, 512 at most. So variants that differ in block_size cannot be compared. A recipe's
-max_epochs may end a run before --max_iters: --max_epochs=0 lifts it. The runs stay under out/sweep/.
+Prints bits per byte of the validation text for the best model of each run: the mean over the seeds, and the largest
+distance from it. "in rows" is train.py's figure, in rows of its block_size; "sliding" is evaluate.py's, in rows of the
+model's context, 512 at most. So variants that differ in block_size cannot be compared. A recipe's max_epochs may end a
+run before --max_iters: --max_epochs=0 lifts it. The runs stay under out/sweep/.
 """
 
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(flags: list[str], seed: str, out_dir: Path) -> dict:
-    """One run: its minutes in steps, and the bits per byte of what it kept. Exits where it fails."""
+    """Train once; return the time and the bits per byte of the best model. Exits if the run fails."""
     shutil.rmtree(out_dir, ignore_errors=True)
     train = [sys.executable, ROOT / "train.py", *flags, f"--seed={seed}", f"--out_dir={out_dir}"]
     done = subprocess.run(train, stdout=subprocess.PIPE, text=True)
@@ -48,7 +48,7 @@ def main():
         elif arg.startswith("--seeds="):
             seeds = arg.removeprefix("--seeds=").split(",")
         elif arg.startswith(("--seed=", "--out_dir=")):
-            raise SystemExit(f"{arg}: sweep.py gives each run its own. Seeds: --seeds=1,2,3")
+            raise SystemExit(f"{arg}: sweep.py gives each run its own. For seeds: --seeds=1,2,3")
         else:
             groups[-1].append(arg)
     if sys.argv[1:] in ([], ["--help"], ["-h"]):
@@ -57,7 +57,6 @@ def main():
     print(f"{'variant':<60} {'in rows':>14} {'sliding':>14} {'minutes':>14} {'best step':>12}", flush=True)
     for number, variant in enumerate(variants):
         rows = [run(common + variant, seed, Path(f"out/sweep/{number}-{seed}")) for seed in seeds]
-
         best, sliding, minutes = (spread([row[key] for row in rows]) for key in ("best", "sliding", "minutes"))
         steps = ",".join(str(row["step"]) for row in rows) + f" of {rows[0]['last']}"
         print(f"{' '.join(variant) or 'as it is':<60} {best:>14} {sliding:>14} {minutes:>14} {steps:>12}", flush=True)
