@@ -369,10 +369,12 @@ def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, wo
 
 
 def check_folder(s: Settings):
-    """Raise UserError if there is nothing to resume, or if a new run would overwrite somebody's model."""
+    """Raise UserError if a new run cannot start in this folder."""
+    if not s.out_dir.strip():
+        raise UserError("--out_dir is empty: expected a folder.")
     if s.init_from == "resume":
-        raise UserError(f"{s.out_dir}/state.pt not found: nothing to resume. Without --init_from=resume a run starts.")
-    # weights of step 0 are those that a run started with; all others are somebody's work
+        raise UserError(f"{s.out_dir}/state.pt not found: nothing to resume.")
+    # weights of step 0 are a run's first; others are somebody's work
     ours = checkpoint.metadata(Path(s.out_dir)).get("step") == "0"
     weights = [file for file in Path(s.out_dir).glob("*model*") if file.suffix in (".safetensors", ".bin")]
     if weights and not ours and s.init_from != "scratch":
