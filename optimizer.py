@@ -26,7 +26,7 @@ def make_optimizers(
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves each matrix by its momentum made orthogonal, so by about the same length in every direction
+    """Moves each matrix by its momentum made orthogonal, so by about the same amount in every direction
     (https://kellerjordan.github.io/posts/muon/).
 
     Equals torch.optim.Muon, but orthogonalizes matrices of one shape together, and in fp32 on a CPU, where bfloat16 may
@@ -110,7 +110,9 @@ def noise_ends(s) -> float:
 def check_schedule(s) -> list[str]:
     """Return warnings about a schedule that makes little sense."""
     warnings = []
-    if s.warmup_iters >= s.max_iters > 0:
+    if s.min_lr > s.learning_rate and s.lr_schedule != "constant":
+        warnings.append(f"--min_lr={s.min_lr:g} is above --learning_rate={s.learning_rate:g}: the rate rises to it")
+    if s.warmup_iters > s.max_iters > 0:
         warnings.append(f"--warmup_iters={s.warmup_iters}: a run of {s.max_iters:,} steps never reaches the full rate")
     if s.lr_decay_iters < s.max_iters and s.lr_schedule != "constant":
         rest = f"the learning rate is {s.min_lr:g} from step {s.lr_decay_iters:,} on"

@@ -153,8 +153,8 @@ class Source:
 
 def read_pieces(files: list[Path]) -> Iterator[tuple[str, bool, bool]]:
     """Yield (piece, whether it ends its document, whether it is a conversation, as JSON) for all the text. Pieces are
-    cut where every byte-level tokenizer cuts, too, before a space or line break that follows a word: encoding piece by
-    piece gives the ids of the whole. UserError if there are both texts and conversations."""
+    cut where GPT-2 and SmolLM2 cut, too, before a space or line break that follows other text: encoding piece by piece
+    gives the ids of the whole. UserError if there are both texts and conversations."""
     first = None
     for file in files:
         documents = read_jsonl(file) if file.suffix.lower() == ".jsonl" else [(read_text(file), False)]
@@ -319,7 +319,8 @@ def fast_encoder(tokenizer: Tokenizer) -> Callable | None:
     pre = spec["pre_tokenizer"]
     steps = () if pre is None else tuple(step["type"] for step in pre.get("pretokenizers", [pre]))
     patterns = {("Digits", "ByteLevel"): DIGITS_PATTERN, ("ByteLevel",): GPT2_PATTERN}
-    if spec["model"]["type"] != "BPE" or spec["normalizer"] or steps not in patterns:
+    plain = all(token["special"] for token in spec["added_tokens"])  # others are looked for in the text, too
+    if spec["model"]["type"] != "BPE" or spec["normalizer"] or steps not in patterns or not plain:
         return None
     # GPT-2's spelling of bytes: the printable ones as themselves, the others as the letters from U+0100 on
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -422,10 +423,11 @@ def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, toke
             source_bytes=sum(stat.st_size for stat in stats), source_mtime=max(stat.st_mtime_ns for stat in stats),
             source_sha256=hashes if len(stats) == 1 else hashlib.sha256(hashes.encode()).hexdigest(),
         )  # fmt: skip
-        files["meta.json"].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        for file in files.values():
-            with open(file, "rb+") as f:
+        for name in names[1:]:
+            with open(files[name], "rb+") as f:
                 os.fsync(f.fileno())  # a full disk may show only here, and the earlier data set is still whole
+        with atomic(files["meta.json"]) as temporary:  # last, since it says that the others are complete
+            temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     except BaseException:
         for file in files.values():
             file.unlink(missing_ok=True)

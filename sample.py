@@ -69,7 +69,7 @@ def keep_top_p(logits, p: float):
     """Keep the fewest tokens that together have probability p (https://arxiv.org/abs/1904.09751, section 3.1)."""
     values, ids = logits.sort(descending=True, stable=True)
     probabilities = values.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier ones hold together; 0 for the first
+    before = probabilities.cumsum(-1) - probabilities  # of the likelier ones together; 0 for the first
     return torch.full_like(logits, -torch.inf).scatter(1, ids, values.masked_fill(before >= p, -torch.inf))
 
 
@@ -86,7 +86,7 @@ def next_token(
     logits = logits.float()
     if repetition_penalty != 1.0:
         logits = penalize_repetition(logits, seen, repetition_penalty)
-    greedy = temperature < 1e-5  # so little leaves no other token a chance, and dividing by it could overflow
+    greedy = temperature < 1e-5  # the rest then has probability 0, and the division could overflow
     logits = logits if greedy else logits / temperature
     largest, likeliest = logits.max(dim=-1)
     if greedy:
@@ -97,8 +97,8 @@ def next_token(
         logits = keep_top_p(logits, top_p)
     if min_p is not None:
         logits = keep_min_p(logits, min_p)
-    # Draw one random number per row and take the token in whose stretch of the cumulative probabilities it falls.
-    # torch.multinomial draws one for every token: a millisecond at 49,152.
+    # Look up one random number per row in the cumulative probabilities. torch.multinomial draws one for every token,
+    # which takes a millisecond at 49,152.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
     up_to = logits.to(wide).softmax(-1).cumsum(-1)
     draw = torch.rand(len(logits), 1, dtype=wide, device=logits.device, generator=generator)
@@ -159,7 +159,7 @@ def generate(
         with torch.inference_mode():
             new = torch.where(ended, ids[:, -1], next_token(logits, ids, **filters, generator=generator))
             ended = ended | torch.isin(new, stop)
-            lowest, all_ended = torch.stack((new.min(), ended.all())).tolist()  # the only time that a GPU is waited for
+            lowest, all_ended = torch.stack((new.min(), ended.all())).tolist()  # the only GPU synchronization
         if lowest < 0:
             raise UserError("the model's logits are not finite: its weights are damaged, or its training has diverged.")
         yield (new, logits) if with_logits else new

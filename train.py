@@ -8,13 +8,12 @@ Train SmolLM2 from scratch, or fine-tune a model, on the tokens that prepare.py 
 
 You can stop it at any time: Ctrl-C saves and ends, a second one quits at once; the same command resumes. out/RUN is at
 every moment a Hugging Face model directory with the best model so far (the lowest validation loss). Next to it are
-log.jsonl; state.pt, all that a resume needs; with a wsd schedule stable.pt, the state at the start of the decay.
+log.jsonl; state.pt, from which a resume continues; with a wsd schedule stable.pt, the state at the start of the decay.
 
 A step is `global_batch_size` rows of `block_size` tokens, and row i is a function of the seed and i alone. Sharing the
 rows among processes and micro-batches affects only rounding (and dropout masks); stopping and resuming affects nothing.
 """
 
-import importlib.util
 import math
 import signal
 import sys
@@ -29,11 +28,12 @@ from lib import device as machine
 from lib.files import exclusive, file_sha256, first_line
 from lib.parallel import StopSignal, broadcast_from_rank0, join_processes, save_on_rank0
 from lib.settings import Count, Fraction, Natural, NonNegative, Positive, UserError, Within, parse, print_safe, run_main
-from lib.track import Log
+from lib.track import Log, report_evaluation, report_step
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import checkpoint
 import prepare
@@ -68,10 +68,10 @@ class Settings:
     warmup_iters: Natural = 50  # steps from 0 to the peak
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warmup, stable, linear decay, as SmolLM2's
     lr_decay_iters: Natural = 0  # the step at which the schedule reaches min_lr; 0 is max_iters
-    decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: the part of the run that decays
-    token_noise: Fraction = 0.0  # fraction of input tokens replaced by random ones: against memorizing a short text
-    noise_until: Annotated[float, Within(above=0, most=1)] = 1.0  # the part of the schedule that has this noise
-    dropout: Fraction = 0.0  # on what attention and MLP add to the stream: against memorizing, too
+    decay_fraction: Annotated[float, Within(above=0, most=1)] = 0.2  # wsd: the fraction of the schedule that decays
+    token_noise: Fraction = 0.0  # fraction of input tokens replaced by random ones, against overfitting
+    noise_until: Annotated[float, Within(above=0, most=1)] = 1.0  # the fraction of the schedule that has it
+    dropout: Fraction = 0.0  # on the outputs of attention and MLP, against overfitting
     weight_decay: NonNegative = 0.1  # on matrices only, not on norm weights
     beta1: Fraction = 0.9  # AdamW: decay of the average gradient
     beta2: Fraction = 0.95  # AdamW: decay of the average squared gradient; 0.999 is usual, less is steadier here
@@ -111,7 +111,7 @@ FOLLOW = (
 
 @dataclass
 class Progress:
-    """The numbers of a run that change. state.pt stores them."""
+    """The mutable state of a run, stored in state.pt."""
 
     step: int = 0  # optimizer steps done
     rows: int = 0  # training rows read so far, which is the number of the next one
@@ -120,7 +120,7 @@ class Progress:
     best_val_loss: float = math.inf  # nats per token
     best_step: int = -1
     since_best: int = 0  # evaluations since then
-    skipped: int = 0  # steps without a finite loss and gradient
+    skipped: int = 0  # steps whose loss or gradient was not finite
     seconds: float = 0.0  # spent in steps, and in compiling
     recent_loss: float | None = None  # moving average of the training loss
     # chosen when the run began and kept on every resume
@@ -133,12 +133,17 @@ class Progress:
 def main():
     (s, data), given = parse(sys.argv[1:], Settings, prepare.Settings, doc=__doc__)
     state_file, notes, changes = Path(s.out_dir, "state.pt"), [], {}
-    resumed = s.init_from != "scratch" and state_file.is_file()
+    found = state_file.is_file()
+    resumed = found and s.init_from != "scratch"
     if resumed:
         s, data, notes, changes = resumed_settings(s, data, given, checkpoint.load_state(state_file)["settings"])
     else:
-        check_folder(s)
-        notes += [f"the run in {s.out_dir} is replaced"] if state_file.is_file() else []
+        check_folder(s, given)
+        was = checkpoint.load_state(state_file)["settings"]["init_from"] if found else "auto"
+        if was != "auto":
+            remedy = "--init_from=scratch would train random weights. Use another --out_dir."
+            raise UserError(f"{s.out_dir} was fine-tuned from {was}: {remedy}")
+        notes += [f"the run in {s.out_dir} is replaced"] if found else []
         s.init_from = "auto" if s.init_from == "scratch" else s.init_from
         if s.init_from != "auto":
             checkpoint.find(s.init_from)  # downloads a hub id
@@ -150,6 +155,8 @@ def main():
         if s.global_batch_size % world:
             raise UserError(f"--global_batch_size={s.global_batch_size} cannot be divided by {world} processes.")
         with exclusive(Path(s.out_dir), "being trained in") if rank == 0 else nullcontext():
+            if rank == 0 and state_file.is_file() != found:
+                raise UserError(f"{state_file} was written by another process just now. Run the command again.")
             signalled = train(s, data, meta, given, resumed, notes, changes, rank, world, device)
     except UserError as error:  # its traceback keeps the DDP wrapper alive after the group is destroyed, which can hang
         raise error.with_traceback(None) from None
@@ -183,11 +190,8 @@ def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, wo
         say(f"!! {note}")
 
     # model: new, fine-tuned, or resumed; weights are always float32
-    torch.manual_seed(s.seed)
     model, source = make_model(s, given, meta, folder, state)
     checkpoint.speed_up(model.to(device).train())
-    for layer in model.layers:
-        layer.dropout = s.dropout
     say("model    {total:,} parameters, {embeddings:,} of them embeddings".format(**model.num_parameters()))
 
     # optimizer, and the dtype of matrix products; rank 0 chooses for all
@@ -218,8 +222,8 @@ def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, wo
     # compile the blocks in place, so that no weight's name changes
     peak, peak_source = machine.peak_flops(device, dtype, s.peak_tflops)
     rows_here = s.global_batch_size // world
-    work = s.max_iters * rows_here * s.block_size * model.flops_per_token(s.block_size)
-    choice = machine.pick_compile(s.compile, device, work, peak)
+    flops = model.flops_per_token(s.block_size)
+    choice = machine.pick_compile(s.compile, device, s.max_iters * rows_here * s.block_size * flops, peak)
     if s.compile == "auto" and p.compile is not None:
         choice = p.compile, "as when this run began"
     compiled, compile_reason = broadcast_from_rank0(choice, world)
@@ -249,15 +253,14 @@ def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, wo
     if p.step < s.max_iters:
         micro, compiled = try_step(gradients, model, first, rows_here, micro, compiled, s, world, say)
         p.compile = compiled
-        if kind == "cuda" and world == 1 and not chat and s.compile != "off" and importlib.util.find_spec("fast"):
+        if kind == "cuda" and world == 1 and not chat and s.compile != "off" and checkpoint.HAS_FAST:
             from fast.graphs import record_step
 
             compute = lambda *inputs: forward_backward(model, inputs, micro / s.global_batch_size, autocast, scaler)
             batches = [rows.batch(range(a, a + micro), device) for a in (first, first + micro)]
             replay = record_step(compute, *batches, list(model.parameters()), machine.same_gradients, say)
     p.seconds += time.perf_counter() - started
-    accumulation = f"micro-batch {micro} x accumulation {math.ceil(rows_here / micro)} x processes {world}"
-    say(f"step     {s.global_batch_size} rows of {s.block_size} tokens = {accumulation}")
+    say(f"step     {s.global_batch_size} rows of {s.block_size} tokens, micro-batches of {micro}, processes: {world}")
     say(f"run      {s.max_iters:,} steps = {s.max_iters / steps_per_epoch:.1f} epochs of {rows.describe()}")
 
     # make the folder a model directory of this run
@@ -270,6 +273,7 @@ def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, wo
     for key, (old, new) in changes.items():
         log.write(step=p.step, setting=key, old=old, new=new)
     stop, stopping, bad_steps, logged = StopSignal(rank), False, 0, replace(p)
+    bar = tqdm(total=s.max_iters, initial=p.step, unit="step", disable=None if rank == 0 else True, leave=False)
 
     while not stopping:
         # print a sample
@@ -346,13 +350,16 @@ def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, wo
         p.step, p.rows = p.step + 1, p.rows + s.global_batch_size
         p.seconds += time.perf_counter() - started
 
-        # log
+        # log; in a terminal the progress line shows every step
+        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        bar.update()
         if p.step % s.log_interval == 0:
             tokens, peak_of_all = rows.size(range(logged.rows, p.rows)), 0 if chat else world * peak
-            report_step(loss, lr, norm, tokens, peak_of_all, model, logged, p, s, say, log)
+            report_step(loss, lr, norm, tokens, flops, peak_of_all, logged, p, s, say, log)
             logged = replace(p)
 
     # save what is not saved yet; the run has reached its end, or a signal stopped it
+    bar.close()
     if saved_step != p.step:
         check_finite(model, 0.0, p.step, out_dir)
         if not save(state_file, write_state):
@@ -368,18 +375,17 @@ def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, wo
 # settings, data and model of a new or resumed run
 
 
-def check_folder(s: Settings):
-    """Raise UserError if a new run cannot start in this folder."""
+def check_folder(s: Settings, given: dict):
+    """Raise UserError if a new run cannot start in this folder. given: see parse()."""
     if not s.out_dir.strip():
         raise UserError("--out_dir is empty: expected a folder.")
-    if s.init_from == "resume":
-        raise UserError(f"{s.out_dir}/state.pt not found: nothing to resume.")
-    # weights of step 0 are a run's first; others are somebody's work
-    ours = checkpoint.metadata(Path(s.out_dir)).get("step") == "0"
     weights = [file for file in Path(s.out_dir).glob("*model*") if file.suffix in (".safetensors", ".bin")]
-    if weights and not ours and s.init_from != "scratch":
+    # step 0 is a run's initial model; others are worth keeping
+    if weights and s.init_from != "scratch" and checkpoint.metadata(Path(s.out_dir)).get("step") != "0":
         remedy = f"Use another --out_dir, with --init_from={s.out_dir} to fine-tune that model."
         raise UserError(f"{s.out_dir} holds a model and no state.pt: a run would overwrite it. {remedy}")
+    if s.init_from == "resume" or set(given) == {"out_dir"}:  # a new run says what it trains
+        raise UserError(f"{s.out_dir}/state.pt not found: nothing to resume. A new run needs a recipe.")
 
 
 def resumed_settings(s: Settings, data, given: dict, run: dict) -> tuple[Settings, object, list[str], dict]:
@@ -428,6 +434,7 @@ def limit_epochs(s: Settings, steps_per_epoch: float, p: Progress, changes: dict
 
 def make_model(s: Settings, given: dict, meta: dict, folder: Path, state: dict | None) -> tuple[SmolLM2, Path | None]:
     """Return the model in float32 (if resumed, without its weights yet), and the directory it is fine-tuned from."""
+    torch.manual_seed(s.seed)
     source = None
     if state is not None:
         model = SmolLM2(state["config"])
@@ -449,10 +456,12 @@ def make_model(s: Settings, given: dict, meta: dict, folder: Path, state: dict |
         shape = {key: getattr(model.config, key) for key in SHAPE if key in given}
         if wrong := [f"{key}={getattr(s, key)} (it has {has})" for key, has in shape.items() if getattr(s, key) != has]:
             raise UserError(f"{s.init_from} is fine-tuned in its own shape: leave out {', '.join(wrong)}.")
-        if meta["eos_token_id"] not in model.config.eos_ids:  # an -Instruct model ends turns; our documents end, too
+        if meta["eos_token_id"] not in model.config.eos_ids:  # -Instruct models end turns alone; documents end, too
             model.config.eos_token_id = [*sorted(model.config.eos_ids), meta["eos_token_id"]]
     if s.block_size > (limit := model.config.max_position_embeddings):
         raise UserError(f"--block_size={s.block_size} is longer than the model's context of {limit} positions.")
+    for layer in model.layers:
+        layer.dropout = s.dropout
     return model, source
 
 
@@ -524,44 +533,20 @@ def diverged(problem: str, out_dir: Path):
     raise UserError(f"{problem}, and nothing was saved. {again} with a lower --learning_rate and --out_dir={out_dir}.")
 
 
-def report_step(loss, lr, norm, tokens, peak, model, before, p, s, say, log):
-    """Report a step, with the speed since the line before: `tokens` were read."""
-    rate = tokens / (p.seconds - before.seconds)
-    mfu = model.flops_per_token(s.block_size) * rate / peak if peak else None
-    seconds = (p.seconds - before.seconds) / (p.step - before.step)
-    eta = int((s.max_iters - p.step) * seconds)
-    say(
-        f"step {p.step:>6} | loss {loss:.4f} | lr {lr:.2e} | grad {norm:.2f} | {1000 * seconds:,.0f} ms | "
-        f"{rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | eta {eta // 60}m{eta % 60:02d}s"
-    )
-    speed = dict(tok_per_s=round(rate, 1), mfu=mfu and round(mfu, 4), seconds=round(p.seconds, 1))
-    log.write(step=p.step, loss=loss, lr=lr, grad_norm=norm, **speed)
-
-
-def report_evaluation(loss, bpb, best, p, kept_step, say, log):
-    """Report an evaluation, and name overfitting."""
-    perplexity = math.exp(min(loss, 99))
-    gap = "" if p.recent_loss is None else f" | train {p.recent_loss:.4f} | gap {loss - p.recent_loss:+.4f}"
-    end = " | best so far" if best else ""
-    say(f"eval {p.step:>6} | val {loss:.4f} | ppl {perplexity:.2f} | {bpb:.4f} bits per byte{gap}{end}")
-    if p.since_best >= 3 and kept_step >= 0:
-        say(f"     overfitting since step {p.best_step:,}; the model of step {kept_step:,} is kept")
-    figures = dict(val_loss=loss, val_ppl=perplexity, val_bpb=bpb, train_loss=p.recent_loss)
-    log.write(step=p.step, **figures, best=best, seconds=round(p.seconds, 1))
-
-
 def report_end(s, p, kept_loss, kept_step, chat, say):
     """Report what the run has reached, and print the commands that continue it and use its model."""
     say(f"done: {p.step:,} steps in {p.seconds / 60:.1f} minutes{', out of patience' if p.step < s.max_iters else ''}")
     if kept_step >= 0:
         say(f"the model kept has validation loss {kept_loss:.4f}, of step {kept_step:,}")
     longer = f"--max_iters={2 * p.step} --lr_decay_iters={2 * p.step} --max_epochs=0 --patience=0"
-    say(f"train longer: python train.py --out_dir={s.out_dir} {longer}")
+    longer = f"python train.py --out_dir={s.out_dir} {longer}"
+    say(f"train longer: {'from stable.pt, see docs/recipes.md' if s.lr_schedule == 'wsd' else longer}")
     say(f"try it: python {'chat' if chat else 'sample'}.py --model={s.out_dir}")
+    say(f"plot it: python plot.py --run={s.out_dir}")
 
 
 def print_sample(model, folder: Path, meta: dict, val_rows, autocast, step: int, log):
-    """Print and log a hundred tokens after a line break, or the answer to a held-out question, by model.py."""
+    """Print and log 100 tokens after a line break, or the answer to a held-out question, without fast/."""
     tokenizer = checkpoint.read_tokenizer(folder)
     prompt = tokenizer.encode("\n", add_special_tokens=False).ids or [meta["eos_token_id"]]
     if val_rows is not None:  # conversations: the last row has one of the shorter ones

@@ -52,8 +52,8 @@ class FastSmolLM2(SmolLM2):
 
 @cache
 def changed() -> set[str]:
-    """Name what model.py computes differently, on a tiny model: whoever changes the architecture or the loss there must
-    not train or sample with the old ones."""
+    """Return what model.py computes differently, tried on a tiny model: an architecture or a loss that was edited there
+    must not be replaced by the old one."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         plain = SmolLM2(SmolLM2Config(32, 8, 16, 1, 2, 1, 4, 16, initializer_range=1.0))
         x, targets, mlp = torch.randn(1, 6, 8), torch.randint(0, 32, (1, 6)), plain.layers[0].mlp

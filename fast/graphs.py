@@ -121,7 +121,7 @@ class Recording:
         return cache is not None and cache.layers[0].keys is self.layers[0].keys
 
     def lend_to(self, cache: KVCache, position: int):
-        """Copy what a cache holds before `position` to here, where it reads and writes from now on."""
+        """Copy a cache's positions before `position` to here; from now on it uses these tensors."""
         for ours, theirs in zip(self.layers, cache.layers):
             for static, held in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
                 static[:, :, :position] = held[:, :, :position]

@@ -1,4 +1,4 @@
-"""The machine: device and dtype, how fast it could be, whether to compile, and whether what is compiled is right."""
+"""The machine: device, dtype, peak speed, whether to compile, and a check of the compiled code."""
 
 import ctypes
 import platform
@@ -30,7 +30,8 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         assert re.fullmatch(r"cpu|mps|cuda(:\d+)?", device), "expected auto, cuda, cuda:1, mps or cpu"
-        torch.empty(1, device=device)
+        assert device != "cuda" or torch.cuda.is_available(), "no CUDA GPU"
+        torch.empty(1, device="cpu" if device == "cuda" else device)  # a process of torchrun has no GPU of its own yet
         if device.startswith("cuda:"):  # CUDA graphs and synchronize() use the current device
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
@@ -40,7 +41,7 @@ def pick_device(device: str) -> str:
 
 def pick_autocast(name: str, device: str) -> tuple[torch.dtype, str]:
     """Return the dtype of matrix products in training, and why. "auto" is bfloat16 if the hardware has it (older GPUs
-    emulate it) and, on a CPU, if it is faster: some Intel Xeons have it and take twice as long."""
+    emulate it) and, on a CPU, if it is faster: on some Intel Xeons it takes twice as long."""
     if name != "auto":
         return DTYPES[name], "as asked"
     if device.startswith("cuda"):
@@ -139,9 +140,9 @@ def out_of_memory(error: Exception) -> bool:
 
 def prepare_process():
     """Make a process faster on a CPU. Call it before torch computes anything: threads inherit the first setting."""
-    # numbers below 1.2e-38 become zero: processors are slow with them, and sharp attention has many (a third of a step)
+    # flush denormals to zero: they are slow, and peaked attention has many (a third of a step's time)
     torch.set_flush_denormal(True)
-    # malloc keeps freed memory: glibc would return it, and every step map and zero the same gigabytes (up to a tenth)
+    # keep freed memory: otherwise every step maps and zeroes the same gigabytes again (up to a tenth of its time)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings for single blocks

@@ -1,5 +1,5 @@
 """
-Several processes: joining them, agreeing, saving by one of them, and stopping all of them.
+Several processes: join them, share values, save on rank 0, and stop all of them.
 
     rank, world, device = join_processes(device)        # (0, 1, device) without torchrun
     value = broadcast_from_rank0(value, world)
@@ -29,8 +29,8 @@ def join_processes(device: str) -> tuple[int, int, str]:
     if world > 1:
         if device.startswith("cuda:"):
             raise UserError(f"--device={device}: each of {world} processes takes its own GPU. Use --device=cuda.")
-        # torch._dynamo would import this module later, and its functions would keep our group, the default of some of
-        # their arguments, alive past its end, when gloo's threads can abort the process.
+        # If torch._dynamo imported this module later, its default arguments would keep our group alive after its end,
+        # and gloo's threads could then abort the process.
         importlib.import_module("torch.distributed.nn")
         if device == "cuda":
             device = f"cuda:{local_rank}"
@@ -63,7 +63,7 @@ def save_on_rank0(path: Path, write, rank: int, world: int, say) -> bool:
 
 
 class StopSignal:
-    """Ask the run to save and end after this step on Ctrl-C, SIGTERM or a lost terminal; quit on the second signal."""
+    """On Ctrl-C, SIGTERM or a lost terminal, ask the run to save and end after this step; on a second signal, quit."""
 
     def __init__(self, rank: int):
         self.asked, self.rank = 0, rank  # asked: the signal's number, or 0

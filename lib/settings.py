@@ -21,6 +21,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
+from tqdm import tqdm
+
 # Threads spin while they wait for each other, by default for milliseconds, and so take cores from other programs and
 # from the very thread they wait for: next to two busy processes a training step takes several times as long. A short
 # spin costs a few percent. libgomp reads this when torch is loaded, so every script imports this module first.
@@ -56,7 +58,7 @@ Positive = Annotated[float, Within(above=0)]
 NonNegative = Annotated[float, Within(least=0)]
 Fraction = Annotated[float, Within(least=0, below=1)]
 
-# For nanoGPT users: what its settings are called here, or a sentence about what does the job of one.
+# For nanoGPT users: what its settings are called here, or a sentence about what to use instead.
 NANOGPT = dict(
     n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size", batch_size="global_batch_size",
     gradient_accumulation_steps="global_batch_size", eval_iters="eval_rows", decay_lr="lr_schedule", start="prompt",
@@ -116,13 +118,13 @@ def parse(argv: list[str], *Settings: type, doc: str = "", shared_with: str | No
 
 
 def read_recipe(path: str, problems: list[str]) -> dict:
-    """Return a recipe's assignments, except imports and names with an underscore, which serve its own arithmetic."""
+    """Return a recipe's assignments, except imports, functions and names with an underscore, which serve arithmetic."""
     try:
         found = runpy.run_path(path)
     except (Exception, SystemExit) as error:
         problems.append(f"{path}: {type(error).__name__}: {error}")
         return {}
-    return {k: v for k, v in found.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+    return {k: v for k, v in found.items() if not (k.startswith("_") or isinstance(v, types.ModuleType) or callable(v))}
 
 
 def convert(value, field, is_flag: bool = False):
@@ -169,7 +171,7 @@ def check(Settings: type, **values):
 
 
 def is_text(text: str) -> bool:
-    """Return whether UTF-8 can encode it, unlike an undecodable byte of a command line or JSON's "\\ud800"."""
+    """Return whether UTF-8 can encode it, unlike the lone surrogates of undecodable flags or of JSON's "\\ud800"."""
     return text == text.encode(errors="ignore").decode()
 
 
@@ -192,7 +194,7 @@ def run_main(main):
     """Run a script's main(). A UserError or OSError is printed without a traceback, with exit code 1; Ctrl-C exits with
     130. SIGTERM and a lost terminal raise SystemExit, so that temporary files are removed."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter shows its number
+        stream.reconfigure(errors="backslashreplace")  # characters it cannot encode are shown as escapes
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP, and so do we
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -213,8 +215,9 @@ def run_main(main):
 
 
 def print_safe(text: str, end: str = "\n"):
-    """Print a line. If stdout is gone (closed pipe, full disk), send this and later output to /dev/null."""
+    """Print a line, above a progress line. If stdout is gone (closed pipe, full disk), use /dev/null from now on."""
     try:
-        print(text, end=end, flush=True)
+        with tqdm.external_write_mode():
+            print(text, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

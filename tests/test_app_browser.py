@@ -158,7 +158,7 @@ def test_write_and_look_inside(visit):
     open_tab(page, "See inside")
     assert 0.9 * n < page.locator("#inside .token").count() <= n + 1  # gradio draws no span for some white space
     tokens = page.locator("#inside .token")
-    # a token of plain ASCII: an untrained model also writes white space and halves of letters, which are shown otherwise
+    # a token of plain ASCII, since an untrained model also writes white space and halves of letters
     token = next(tokens.nth(i) for i in range(1, n) if re.fullmatch(r"\s*[!-~]+", tokens.nth(i).inner_text()))
     token.click()
     page.locator("#odds dd").first.wait_for()

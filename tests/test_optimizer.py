@@ -138,6 +138,7 @@ def test_noise_can_end_exactly_where_the_decay_begins():
 
 
 def test_schedules_that_make_little_sense_are_named():
-    """A short trial run with the default warmup, and a longer run whose schedule has ended."""
-    assert "--warmup_iters" in check_schedule(Schedule(warmup_iters=100))[0]
+    """A short trial run with the default warmup, a longer run whose schedule has ended, and a rate below min_lr."""
+    assert "--warmup_iters" in check_schedule(Schedule(warmup_iters=101))[0] and not check_schedule(Schedule())
+    assert "--min_lr" in check_schedule(Schedule(min_lr=2.0))[0]
     assert "--lr_decay_iters=200" in check_schedule(Schedule(max_iters=200))[0]

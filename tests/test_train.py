@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import pty
 import re
 import resource
 import shlex
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -299,7 +301,7 @@ CHANGED = dict(  # what a flag changes each setting to; those that are not here 
     peak_tflops=2.0,
 )  # fmt: skip
 PRINTED = dict(  # these change no number of the run, so the effect is what is printed
-    device="device   cpu", micro_batch_size="micro-batch 2 ", compile="compile  on", peak_tflops="2,000 GFLOP/s"
+    device="device   cpu", micro_batch_size="micro-batches of 2,", compile="compile  on", peak_tflops="2,000 GFLOP/s"
 )  # fmt: skip
 FIELDS = [field.name for field in dataclasses.fields(train.Settings)]
 
@@ -550,6 +552,48 @@ def test_scratch_starts_over_and_resume_insists(here, monkeypatch):
     assert step_of() == 2 and list(log()) == [1, 2] and checkpoint.load("out/t")[0].config.hidden_size == 32
     go(monkeypatch, "--max_iters=4", "--init_from=resume")
     assert step_of() == 4
+
+
+def test_a_folder_alone_resumes_and_never_begins(here, monkeypatch):
+    """`train.py --out_dir=out/RUN` with a mistyped name, or of a run that was killed before it saved, must not train
+    the default model there for hours."""
+    with pytest.raises(UserError, match="nothing to resume"):
+        resume(monkeypatch, "out/typo")
+    assert not Path("out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate_at", lambda *_: (_ for _ in ()).throw(SystemExit(137)))
+        assert go(patch) == 137
+    with pytest.raises(UserError, match="nothing to resume"):
+        resume(monkeypatch)
+    go(monkeypatch, "--max_iters=2")
+    assert step_of() == 2
+
+
+def test_scratch_does_not_replace_a_fine_tuned_run(here, monkeypatch):
+    """Who wants to fine-tune once more would get random weights, and lose the run."""
+    save_hf_directory(here / "base")
+    go(monkeypatch, *TUNED, "--max_iters=1")
+    before = files_of("out/t")
+    with pytest.raises(UserError, match="fine-tuned from base"):
+        go(monkeypatch, *TUNED, "--init_from=scratch")
+    assert files_of("out/t") == before
+
+
+def test_a_run_that_another_process_saves_meanwhile_is_not_replaced(here, monkeypatch):
+    """A requeued job starts while the one before it saves for the first time: it sees no state.pt, and has to look
+    again once it holds the folder's lock."""
+    go(monkeypatch, "--max_iters=4")
+    os.rename("out/t/state.pt", "state.pt")
+    os.remove("out/t/model.safetensors")
+    real = prepare.resolve
+    monkeypatch.setattr(prepare, "resolve", lambda *a: (os.rename("state.pt", "out/t/state.pt"), real(*a))[1])
+    before = Path("state.pt").read_bytes()
+    with pytest.raises(UserError, match="Run the command again"):
+        go(monkeypatch, "--max_iters=8")
+    assert Path("out/t/state.pt").read_bytes() == before
+    monkeypatch.setattr(prepare, "resolve", real)
+    go(monkeypatch, "--max_iters=8")
+    assert step_of() == 8
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-2.safetensors"])
@@ -928,7 +972,7 @@ def test_out_of_memory_halves_the_micro_batch_before_the_first_step(here, monkey
         little_memory(patch, 2, beside_gradients)
         go(patch, "--max_iters=4", "--micro_batch_size=4", "--out_dir=out/small")
     out = capsys.readouterr().out
-    assert "micro-batch 2 x accumulation 4" in out and close(log(), log("out/small"), 2e-5)
+    assert "micro-batches of 2, processes: 1" in out and close(log(), log("out/small"), 2e-5)
     little_memory(monkeypatch, 0)
     with pytest.raises(UserError, match="out of memory"):
         go(monkeypatch, "--out_dir=out/none")
@@ -1055,3 +1099,38 @@ def test_mistakes_are_named_before_anything_starts(here, monkeypatch, flags, nam
     with pytest.raises(UserError, match=re.escape(named)):
         go(monkeypatch, *flags)
     assert not Path("out/t/model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the terminal shows
+
+
+def in_a_terminal(folder, *flags) -> str:
+    """Run train.py with a pseudo-terminal as stdout and stderr; return all that was written to it."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))  # otherwise it has no columns
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *flags]
+    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal that all have left with an error
+        while piece := os.read(ours, 65536):
+            shown += piece
+    os.close(ours)
+    assert process.wait() == 0, shown
+    return shown.decode()
+
+
+@slow
+def test_a_terminal_shows_one_progress_line_and_a_pipe_none(here):
+    """In a terminal one line is drawn again and again below whole lines; it is erased at the end, where the commands
+    to go on with stand. A pipe or a file gets the whole lines alone."""
+    shown = in_a_terminal(here, "--log_interval=4", "--eval_interval=6")
+    bars = [piece for piece in re.split(r"[\r\n]", shown) if "step/s" in piece or "s/step" in piece or "?step" in piece]
+    assert bars and "0/12" in bars[0] and any("loss " in bar for bar in bars)
+    for line in shown.replace("\r\n", "\n").split("\n"):
+        assert "| loss" not in line or line.split("\r")[-1].startswith("step "), "no line shares its row with the bar"
+    assert shown.rstrip().endswith("\nplot it: python plot.py --run=out/t")
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--out_dir=out/pipe"]
+    piped = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    assert piped.returncode == 0 and "\r" not in piped.stdout + piped.stderr and "step      1 | loss" in piped.stdout
