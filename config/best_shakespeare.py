@@ -20,7 +20,7 @@ optimizer = "muon"
 learning_rate = 4e-3
 min_lr = 0.0
 warmup_iters = 50
-# against memorizing, see docs/recipes.md
+# against memorizing, see docs/experiments.md
 weight_decay = 1.5
 token_noise = 0.1
 noise_until = 0.85  # the last 525 steps train on the unchanged text

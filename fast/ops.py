@@ -15,7 +15,7 @@ import torch
 
 from model import Block, SmolLM2
 
-WIDEN_FROM = 64  # from this many tokens on, blocks run in fp32 if its products are faster (docs/performance.md)
+WIDEN_FROM = 64  # from this many tokens on, blocks run in fp32 if its products are faster (docs/experiments.md)
 # Tokens whose logits are stored at once. On a CPU 512 are no faster, and take 50 MB more at a vocabulary of 49,152; on
 # a GPU 4,096 were faster than 512, and 2,048 take a gigabyte there.
 LOSS_ROWS = {"cpu": 256, "cuda": 2048, "mps": 512}
