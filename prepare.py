@@ -401,11 +401,10 @@ def prepare(s: Settings, replace: bool = True) -> dict:
 def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, tokenizer_file: Path | None) -> dict:
     """Write the files of data/DATASET, all or none, and return what meta.json holds."""
     folder = DATA / s.dataset
-    names = FILES if source.chat else FILES[:4]
     for name in FILES:  # left over by a run that was killed
         (folder / f"{name}.tmp").unlink(missing_ok=True)
     tokenizer_json = tokenizer_file.read_bytes() if tokenizer_file else tokenizer.to_str(pretty=True).encode()
-    files = {name: folder / f"{name}.tmp" for name in names}
+    files = {name: folder / f"{name}.tmp" for name in (FILES if source.chat else FILES[:4])}
     try:
         if source.chat:
             encode, end, template = conversation_encoder(tokenizer, tokenizer_file)
@@ -433,8 +432,6 @@ def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, toke
             file.unlink(missing_ok=True)
         raise
     (folder / "meta.json").unlink(missing_ok=True)  # from here on finish_renames() completes what is interrupted
-    for name in set(FILES) - set(names):  # of conversations that were replaced
-        (folder / name).unlink(missing_ok=True)
     finish_renames(folder, nullcontext())
     return meta
 
@@ -443,7 +440,10 @@ def finish_renames(folder: Path, lock=None):
     """Give the new files their names, also those of a prepare.py that was stopped meanwhile: meta.json.tmp without
     meta.json means that all of them are complete."""
     if (folder / "meta.json.tmp").is_file() and not (folder / "meta.json").is_file():
-        with suppress(Busy), lock or exclusive(folder, "being prepared"):
+        with suppress(Busy, FileNotFoundError), lock or exclusive(folder, "being prepared"):  # or it is done by now
+            chat = '"train_loss_tokens"' in (folder / "meta.json.tmp").read_text(encoding="utf-8")
+            for name in () if chat else FILES[4:]:  # of conversations that were replaced
+                (folder / name).unlink(missing_ok=True)
             for name in FILES[::-1]:  # meta.json, which describes the others, comes last
                 if (folder / f"{name}.tmp").is_file():
                     os.replace(folder / f"{name}.tmp", folder / name)

@@ -1,5 +1,6 @@
 """prepare.py: nothing lost, nothing leaked, nothing half written."""
 
+import contextlib
 import io
 import json
 import os
@@ -251,6 +252,31 @@ def test_kill_9_in_the_middle_leaves_the_old_data(here):
     assert {k: v for k, v in after.items() if not k.endswith(".tmp")} == before
     prepare.prepare(prepare.Settings(input="t.txt", dataset="t", vocab_size=300))  # removes what the killed one left
     assert snapshot(here / "data/t") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old, new", [("t.txt", "d.jsonl"), ("d.jsonl", "t.txt")])
+def test_a_signal_at_any_moment_leaves_the_old_or_the_new_data_set(here, monkeypatch, old, new):
+    """SIGTERM, which run_main() makes a SystemExit, before each operation on a file: the data set is the old one, later
+    the new one, without a file of the other. Negative control: before finish_renames() runs, it may be neither."""
+    (here / "t.txt").write_text(TEXT[:5000])
+    rows = [{"messages": [CHAT[0] | {"content": f"Question {i}?"}, CHAT[1]]} for i in range(20)]
+    (here / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make = lambda name: prepare.prepare(prepare.Settings(input=name, dataset="t", vocab_size=300))
+    files = lambda: {name: hash(data) for name, data in snapshot(here / "data/t").items() if name[-4:] != ".tmp"}
+    whole, torn, found, left = [(make(name), files())[1] for name in (old, new)], [], [], []
+    stopping = lambda real: lambda *args, **options: real(*args, **options) if left.pop() else sys.exit(143)
+    while False not in left:  # until there is no operation left to stop before
+        make(old)
+        left[:] = [True] * 99 + [False] + [True] * len(found)
+        with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+            for owner, name in ((os, "fsync"), (os, "replace"), (prepare.Path, "unlink")):
+                patch.setattr(owner, name, stopping(getattr(owner, name)))
+            make(new)
+        torn.append(files() not in whole)
+        prepare.read_meta("t")
+        found.append(whole.index(files()))  # fails if it is neither
+    assert found == sorted(found) and found[8] == 0 and found[-2] == 1 and any(torn)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "meta.json"])
