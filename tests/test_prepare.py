@@ -349,6 +349,26 @@ def test_a_data_set_that_another_process_makes_is_waited_for(here, monkeypatch):
             resolve(dataset=name, **settings)  # it has waited for that file
 
 
+def test_a_run_takes_over_when_the_maker_of_its_data_set_is_killed(here, monkeypatch):
+    """It waits while the other process lives, and after kill -9 it makes the data set itself. It would wait forever for
+    a lock that the killed one leaves behind."""
+    (here / "t.txt").write_text(TEXT)
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import prepare\n"
+    code += "prepare.encode_all = lambda *_: print('writing', flush=True) or time.sleep(60)\n"
+    code += "prepare.prepare(prepare.Settings(input='t.txt', dataset='t', vocab_size=300))"
+    maker, found = subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE), []
+
+    def sleep(_):
+        found.append((here / "data/t/meta.json").is_file())
+        assert len(found) < 9, "it waits for a process that has ended"
+        (maker.kill(), maker.wait()) if len(found) == 3 else None
+
+    assert b"writing\n" in iter(maker.stdout.readline, b"")
+    monkeypatch.setattr(prepare.time, "sleep", sleep)
+    resolve(input="t.txt", vocab_size=300)
+    assert found == [False, False, False, True] and maker.returncode == -signal.SIGKILL
+
+
 def test_replacing_another_text_is_said(here):
     """Only prepare.py overwrites a data set, and it names the text that is replaced. The same input in another spelling
     replaces nothing; nor does an attempt that fails."""
