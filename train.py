@@ -198,7 +198,7 @@ def train(s: Settings, data, meta, given, resumed, notes, changes, rank: int, wo
     optimizers = make_optimizers(model, s.optimizer, s.learning_rate, s.weight_decay, (s.beta1, s.beta2))
     kind = torch.device(device).type
     measured = kind == "cpu" and s.dtype == "auto"
-    choice = machine.pick_autocast(p.cpu_dtype or s.dtype if measured else s.dtype, device)
+    choice = machine.pick_autocast(s.dtype, device, p.cpu_dtype if measured else None)
     dtype, dtype_reason = broadcast_from_rank0(choice, world)
     p.cpu_dtype = machine.dtype_name(dtype) if measured else p.cpu_dtype
     autocast = partial(torch.autocast, kind, dtype) if dtype != torch.float32 else nullcontext

@@ -39,11 +39,11 @@ def pick_device(device: str) -> str:
     return device
 
 
-def pick_autocast(name: str, device: str) -> tuple[torch.dtype, str]:
+def pick_autocast(name: str, device: str, began: str | None = None) -> tuple[torch.dtype, str]:
     """Return the dtype of matrix products in training, and why. "auto" is bfloat16 if the hardware has it (older GPUs
-    emulate it) and, on a CPU, if it is faster: on some Intel Xeons it takes twice as long."""
-    if name != "auto":
-        return DTYPES[name], "as asked"
+    emulate it) and, on a CPU, if it is faster: some Intel Xeons take twice as long. began: what a resumed run uses."""
+    if began or name != "auto":
+        return DTYPES[began or name], "as when this run began" if began else "as asked"
     if device.startswith("cuda"):
         major, minor = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if major >= 8 else torch.float16, f"for CUDA capability {major}.{minor}"

@@ -399,15 +399,18 @@ def test_folders_may_be_renamed(again, monkeypatch):
     assert step_of("out/other") == 6
 
 
-def test_a_measured_dtype_is_measured_once(here, monkeypatch):
+def test_a_measured_dtype_is_measured_once(here, monkeypatch, capsys):
     """A busy moment can turn the measurement: a run continues with what it began with. Negative control: a new run
     takes the other dtype."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(train.machine, "bfloat16_speed", lambda: 2.0)
     go_until(monkeypatch, 3, "--dtype=auto", "--max_iters=6")
     monkeypatch.setattr(train.machine, "bfloat16_speed", lambda: 0.5)
+    capsys.readouterr()
     resume(monkeypatch)
+    assert "bfloat16: as when this run began" in capsys.readouterr().out
     go(monkeypatch, "--dtype=bfloat16", "--max_iters=6", "--out_dir=out/whole")
+    assert "bfloat16: as asked" in capsys.readouterr().out
     assert same_run("out/t", "out/whole")
     go(monkeypatch, "--dtype=auto", "--max_iters=6", "--out_dir=out/new")
     assert log("out/new") != log()
