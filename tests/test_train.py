@@ -599,6 +599,17 @@ def test_a_run_that_another_process_saves_meanwhile_is_not_replaced(here, monkey
     assert step_of() == 8
 
 
+@slow
+def test_scratch_leaves_no_chat_template_behind(here, monkeypatch):
+    """With the template of a chat model that was here, chat.py would take a model that continues text for one that
+    answers. Negative control: the chat model has one."""
+    write_chats()
+    go(monkeypatch, "--dataset=c", "--input=chats.jsonl", "--block_size=64", "--max_iters=1")
+    assert Path("out/t/chat_template.jinja").is_file()
+    go(monkeypatch, "--init_from=scratch", "--max_iters=1")
+    assert "chat_template.jinja" not in os.listdir("out/t") and step_of() == 1
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-2.safetensors"])
 def test_a_model_without_a_state_is_not_overwritten(here, monkeypatch, name):
     """A downloaded model, or a run whose state.pt was deleted for space: refused, and every byte stays."""
