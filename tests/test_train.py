@@ -445,6 +445,29 @@ def test_more_steps_continue_at_the_end_of_the_schedule(here, monkeypatch):
     assert same_run("out/t", "out/planned", keys=("loss", "lr"))
 
 
+def test_a_setting_that_a_finished_run_is_given_is_kept(here, monkeypatch):
+    """No step is left that would save it, and a resume without the flag must have it. Negative control: without a
+    change, no byte of the run changes."""
+    go(monkeypatch, "--max_iters=2")
+    before = files_of("out/t")
+    resume(monkeypatch)
+    assert files_of("out/t") == before
+    resume(monkeypatch, "out/t", "--weight_decay=0.5", "--log_interval=3")
+    resume(monkeypatch)
+    assert [state()["settings"][key] for key in ("weight_decay", "log_interval")] == [0.5, 3] and step_of() == 2
+
+
+def test_a_block_size_beyond_the_context_is_refused_on_a_resume(here, monkeypatch):
+    """In one line, and no byte of the run changes. Negative control: rows as long as the context are accepted."""
+    go(monkeypatch, "--max_iters=1", "--max_position_embeddings=64")
+    before = files_of("out/t")
+    with pytest.raises(UserError, match="^--block_size=65 is longer than the model's context of 64 positions.$"):
+        resume(monkeypatch, "out/t", "--block_size=65", "--max_iters=2")
+    assert files_of("out/t") == before
+    resume(monkeypatch, "out/t", "--block_size=64", "--max_iters=2")
+    assert step_of() == 2
+
+
 @pytest.mark.parametrize("flag, starts_over", [("--eval_rows=3", True), ("--weight_decay=0.2", False)])
 def test_other_validation_rows_start_the_best_over(here, monkeypatch, flag, starts_over):
     """Losses over other rows cannot be compared: the next model is kept, though its number is larger, and though the
