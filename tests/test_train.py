@@ -1130,12 +1130,13 @@ def test_fine_tuning_keeps_the_models_shape_and_tokenizer(here, monkeypatch):
     [
         (["--block_size=100000"], "--block_size"),
         (["--head_dim=7"], "head_dim"),
+        (["--out_dir="], "--out_dir is empty"),
     ],
 )
 def test_mistakes_are_named_before_anything_starts(here, monkeypatch, flags, named):
     with pytest.raises(UserError, match=re.escape(named)):
         go(monkeypatch, *flags)
-    assert not Path("out/t/model.safetensors").exists()
+    assert not list(here.rglob("model.safetensors"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
