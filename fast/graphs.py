@@ -13,6 +13,8 @@ from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
+from lib.device import out_of_memory
+from lib.files import first_line
 from lib.settings import UserError
 
 import torch
@@ -26,9 +28,7 @@ ROOM = 512  # positions of the shortest recorded cache; the others have 2, 4, 8,
 
 class Replay:
     """Record compute(*inputs), which must have run before; a call replays it with other inputs of the same shapes.
-
-    The next replay overwrites its result. If compute adds to gradients, zero them in place: a replay keeps addresses.
-    """
+    The next replay overwrites its result. If compute adds to gradients, zero them in place: it keeps addresses."""
 
     def __init__(self, compute, *inputs: torch.Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
@@ -63,8 +63,7 @@ def record_step(compute, rows, other_rows, params, alike, say=print) -> Replay |
     """Record compute(*rows), which adds to the gradients of `params` and returns the loss, if the GPU waits for Python.
     Return what to call instead of compute, or None, after saying why; gradients are then zero, or None without it.
 
-    alike(found, expected) compares the gradients' norms for other_rows, which the recording has not seen.
-    """
+    alike(found, expected) compares the gradients' norms for other_rows, which the recording has not seen."""
 
     def norms(compute):
         for p in params:
@@ -80,8 +79,9 @@ def record_step(compute, rows, other_rows, params, alike, say=print) -> Replay |
         replay = Replay(compute, *rows) if waits >= GPU_WAITS else None
         if replay and not alike(norms(replay), expected):
             replay, because = None, "its gradients are different"
-    except RuntimeError:
-        replay, because = None, "there is not enough memory for it"
+    except RuntimeError as error:
+        because = "there is not enough memory" if out_of_memory(error) else f"recording failed ({first_line(error)})"
+        replay = None
     for p in params:
         p.grad = p.grad.zero_() if replay else None
     torch.cuda.empty_cache()

@@ -98,7 +98,7 @@ def test_a_replayed_run_is_the_same(device, dropout):
     assert not near(device, plain, train(device, True, dropout, zero=False)[0])
 
 
-@pytest.mark.parametrize("fault", ["memory", "gradients", "old rows", "a busy GPU"])
+@pytest.mark.parametrize("fault", ["memory", "an old driver", "gradients", "old rows", "a busy GPU"])
 def test_a_run_goes_on_without_a_replay(device, monkeypatch, fault):
     """If memory is too small for it, its gradients are others (also only for rows that it was not recorded with), or
     it would bring nothing, the run is the one without it."""
@@ -107,6 +107,8 @@ def test_a_run_goes_on_without_a_replay(device, monkeypatch, fault):
         def __init__(self, compute, *inputs):
             if fault == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            if fault == "an old driver":
+                raise RuntimeError("CUDA driver is too old\nCompile with TORCH_USE_CUDA_DSA")
             swap = (lambda row: row * 0) if fault == "gradients" else lambda row: row
             super().__init__(lambda *rows: compute(*map(swap, rows)), *inputs)
 
@@ -119,6 +121,8 @@ def test_a_run_goes_on_without_a_replay(device, monkeypatch, fault):
         monkeypatch.setattr(graphs, "launch_share", lambda compute: 0.5)
     found, said = train(device, True)
     assert said[0].startswith("replay   off: ") and near(device, plain, found)
+    told = "enough memory" in said[0], "(CUDA driver is too old)" in said[0]
+    assert told == (fault == "memory", fault == "an old driver")
 
 
 # generating
