@@ -19,10 +19,11 @@ from typing import Literal
 
 from lib.conversations import read_chat_template, render
 from lib.files import atomic, read_errors_as_user_error, read_json
-from lib.gguf_format import PRE_TOKENIZERS, gguf_package, write_gguf
+from lib.gguf_format import PRE_TOKENIZERS, ggml_name, gguf_package, write_gguf
 from lib.settings import UserError, check, override, run_main
 
 import torch
+from filelock import FileLock
 
 from checkpoint import find, hf_name, load, newest_run
 
@@ -39,7 +40,7 @@ class Settings:
 
 
 def check_weights(model, outtype: str, source: Path):
-    """Raise UserError if `outtype` cannot hold a weight: rows that do not fit blocks, inf, nan, too large for fp16."""
+    """Raise UserError if GGUF has no name for a weight, or `outtype` cannot hold it: odd rows, inf, nan, too large."""
     odd = sorted({p.size(1) for p in model.parameters() if p.dim() == 2 and p.size(1) % 32})
     if outtype == "q8_0" and odd:
         raise UserError(
@@ -47,6 +48,7 @@ def check_weights(model, outtype: str, source: Path):
             "Use --outtype=f16, or train with widths that are multiples of 32."
         )
     for name, p in model.named_parameters():
+        ggml_name(name)  # raises UserError if there is none
         largest = float(torch.linalg.vector_norm(p.detach(), float("inf")))
         if not largest < float("inf"):  # also true for nan
             raise UserError(f"{source}: {hf_name(name)} holds weights that are not finite. Train the model again.")

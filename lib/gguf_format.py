@@ -36,17 +36,18 @@ def gguf_package():
 
 def ggml_name(name: str) -> str:
     """Return the GGUF name of one of our parameters: layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
-    *path, module, weight = name.split(".")
+    *path, module = name.rpartition(".")[0].split(".")
+    if module not in GGML_NAMES or path[:1] not in ([], ["layers"]) or not name.endswith(".weight"):
+        raise UserError(f"GGUF has no name for the parameter {name}: the llama of llama.cpp has none like it.")
     block = f"blk.{path[1]}." if path else ""
-    return f"{block}{GGML_NAMES[module]}.{weight}"
+    return f"{block}{GGML_NAMES[module]}.weight"
 
 
 def permute(weight, head_dim: int):  # (heads * D, C) -> (heads * D, C)
     """Reorder the rows of q_proj or k_proj from Hugging Face's order to ggml's.
 
     RoPE rotates pairs of dimensions: i and i + D/2 in Hugging Face's order, 2i and 2i + 1 in ggml's. Without this,
-    llama.cpp loads the file without a warning and writes nonsense.
-    """
+    llama.cpp loads the file without a warning and writes nonsense."""
     return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 
 
@@ -58,8 +59,7 @@ def unpermute(weight, head_dim: int):  # (heads * D, C) -> (heads * D, C)
 def write_gguf(file: Path, model, outtype: str, vocabulary: dict, end_ids: list[int], name: str, template: str | None):
     """Write a model as a GGUF file, with weights of type `outtype`: q8_0, f16, bf16 or f32.
 
-    vocabulary: pre (a name from PRE_TOKENIZERS), tokens, types and merges. end_ids: one or two tokens that end a text.
-    """
+    vocabulary: pre (a name from PRE_TOKENIZERS), tokens, types and merges. end_ids: the one or two that end a text."""
     gguf, c = gguf_package(), model.config
     ids = range(c.vocab_size)
     # Every field that llama.cpp reads for a llama. If one is missing, it takes a default without a warning.

@@ -162,6 +162,21 @@ def test_refuses_what_it_cannot_represent(directory, case):
     assert not list(directory.glob("*.gguf*")) and not (directory / "Modelfile").exists()
 
 
+def test_a_parameter_that_gguf_has_no_name_for_is_named(directory, monkeypatch):
+    """As after adding a norm of the queries to model.py. Negative control: without it a file is written."""
+    model, tokenizer = load(directory)
+    monkeypatch.setattr(export_gguf, "load", lambda *_, **__: (model, tokenizer))
+    model.layers[1].self_attn.q_norm = torch.nn.RMSNorm(16)
+    with pytest.raises(UserError, match=r"parameter layers\.1\.self_attn\.q_norm\.weight: "):
+        export(directory, "f32", directory / "new")
+    assert not (directory / "new").exists()
+    del model.layers[1].self_attn.q_norm
+    assert export(directory, "f32").is_file()
+    for name in ("layers.0.self_attn.q_proj.bias", "scale", "head.norm.weight"):
+        with pytest.raises(UserError, match=name):
+            gguf_format.ggml_name(name)
+
+
 def test_what_is_stopped_leaves_no_half_file(directory, monkeypatch):
     """Ctrl-C while the file is written: the earlier file stays, and the temporary one goes."""
     file = export(directory, "f32")
