@@ -2,6 +2,8 @@
 
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from lib import gguf_format
 from lib.files import read_json, write_json
@@ -190,6 +192,27 @@ def test_what_is_stopped_leaves_no_half_file(directory, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export(directory, "f32")
     assert not list(directory.glob("*.tmp")) and file.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_exports_at_once_take_turns(directory, monkeypatch):
+    """Their temporary files have the same names: one would write into the other's, or rename it. Negative control:
+    without the lock both write at once."""
+    real, real_lock, writing = export_gguf.write_gguf, export_gguf.FileLock, []
+
+    def slow(*arguments):
+        writing.append(1)
+        both.set() if len(writing) == 2 else both.wait(seconds)
+        real(*arguments)
+        writing.pop()
+
+    monkeypatch.setattr(export_gguf, "write_gguf", slow)
+    for lock, seconds in ((real_lock, 0.3), (lambda _: threading.Lock(), 30)):
+        both = threading.Event()
+        monkeypatch.setattr(export_gguf, "FileLock", lock)
+        with ThreadPoolExecutor(2) as pool:
+            exports = [pool.submit(export, directory, "f32") for _ in range(2)]
+        assert both.is_set() if seconds == 30 else not both.is_set() and exports[0].result() == exports[1].result()
 
 
 @pytest.mark.slow

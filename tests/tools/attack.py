@@ -94,7 +94,7 @@ def judge(case: Case, template: Path, seconds: float) -> str:
 
 def snapshot(folder: Path) -> dict[str, str]:
     """Hash every file below a folder; locks belong to the operating system."""
-    files = [f for f in folder.rglob("*") if f.is_file() and f.name != ".lock"]
+    files = [f for f in folder.rglob("*") if f.is_file() and not f.name.endswith(".lock")]
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
