@@ -422,7 +422,7 @@ def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, toke
             source_bytes=sum(stat.st_size for stat in stats), source_mtime=max(stat.st_mtime_ns for stat in stats),
             source_sha256=hashes if len(stats) == 1 else hashlib.sha256(hashes.encode()).hexdigest(),
         )  # fmt: skip
-        for name in names[1:]:
+        for name in files.keys() - {"meta.json"}:
             with open(files[name], "rb+") as f:
                 os.fsync(f.fileno())  # a full disk may show only here, and the earlier data set is still whole
         with atomic(files["meta.json"]) as temporary:  # last, since it says that the others are complete

@@ -47,7 +47,7 @@ TOTALS = {
     "python": 6430,
     "core lines": 1870,
     "core characters": 100000,
-    "tests": 9400,
+    "tests": 9500,
     "README words": 1400,
     "docs words": 9000,
 }
