@@ -7,7 +7,6 @@ Draw a run's log.jsonl, or what bench.py measured, as a PNG. Needs matplotlib (`
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +44,9 @@ def draw_runs(figure, folders: list[str]):
         name, one, two, scale = "", "C0", "C1", 1.0  # a single run has two colors
         if len(folders) > 1:
             name, one, two = f"{Path(folder).name}, ", f"C{i}", f"C{i}"
-            scale = evals[-1]["val_bpb"] / evals[-1]["val_loss"] if evals else math.nan
+            scale = evals[-1]["val_bpb"] / evals[-1]["val_loss"] if evals else float("nan")
         x = [line["step"] for line in steps]
-        loss.plot(x, [scale * line["loss"] for line in steps], one, alpha=0.6, lw=1, label=f"{name}training")
+        loss.plot(x, [scale * line["loss"] for line in steps], one, lw=1, label=f"{name}training")
         lr.plot(x, [line["lr"] for line in steps], one)
         speed.plot(x, [line["tok_per_s"] for line in steps], one)
         if evals:
@@ -67,7 +66,7 @@ def draw_bench(figure, path: Path):
         works = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
         figure.suptitle("{device}, {threads} threads, {date}".format(**works.pop("machine")))
         for i, (work, r) in enumerate(works.items(), 1):
-            panel = figure.add_subplot(math.ceil(len(works) / 3), min(3, len(works)), i)
+            panel = figure.add_subplot((len(works) + 2) // 3, min(3, len(works)), i)
             names = [name for name in reversed(r["spread"]) if r[name] is not None]
             ends = [[abs(r[name] - r["spread"][name][side]) for name in names] for side in (0, 1)]
             colors = ["C0" if name.startswith("ours") else "C2" for name in names]
@@ -89,7 +88,8 @@ def main():
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
     style |= {"figure.facecolor": paper, "axes.facecolor": paper, "grid.color": grid, "axes.grid": True}
     out = Path(s.out or (Path(s.bench).with_suffix(".png") if s.bench else Path(folders[0], "log.png")))
-    with matplotlib.rc_context(style | {"axes.axisbelow": True, "font.size": 8}), atomic(out) as temporary:
+    style |= {"axes.axisbelow": True, "font.size": 8, "axes.prop_cycle": "cycler(color=['3b8eea', 'e8742a', '35a853'])"}
+    with matplotlib.rc_context(style), atomic(out) as temporary:
         figure = Figure(figsize=(9, 6), layout="constrained")
         draw_bench(figure, Path(s.bench)) if s.bench else draw_runs(figure, folders)
         figure.savefig(temporary, format="png", dpi=150)
