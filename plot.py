@@ -8,6 +8,7 @@ Draw a run's log.jsonl, or what bench.py measured, as a PNG. Needs matplotlib (`
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,13 @@ class Settings:
 
 def read_log(folder: str) -> tuple[list[dict], list[dict]]:
     """Return the step lines and the evaluations of a run's log.jsonl."""
-    path = Path(folder, "log.jsonl")
+    path, steps, evals = Path(folder, "log.jsonl"), [], []
     with read_errors_as_user_error(path, "train.py writes it: expected the folder of a run."):
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line[-1:] == "}"]  # a kill cuts one
-        steps = [line for line in lines if line.get("loss") is not None]
-        evals = [line for line in lines if line.get("val_loss") is not None]
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):  # a kill, or a full disk, may leave half a line
+                entry = json.loads(line)
+                steps += [entry] if entry.get("loss") is not None else []
+                evals += [entry] if entry.get("val_loss") is not None else []
     if not steps and not evals:
         raise UserError(f"{path} has no step yet: wait for the first line that train.py prints.")
     return steps, evals
@@ -44,7 +47,9 @@ def draw_runs(figure, folders: list[str]):
         name, one, two, scale = "", "C0", "C1", 1.0  # a single run has two colors
         if len(folders) > 1:
             name, one, two = f"{Path(folder).name}, ", f"C{i}", f"C{i}"
-            scale = evals[-1]["val_bpb"] / evals[-1]["val_loss"] if evals else float("nan")
+            if not evals:
+                raise UserError(f"{folder} has no evaluation yet, so its bits per byte are not known.")
+            scale = evals[-1]["val_bpb"] / evals[-1]["val_loss"]
         x = [line["step"] for line in steps]
         loss.plot(x, [scale * line["loss"] for line in steps], one, lw=1, label=f"{name}training")
         lr.plot(x, [line["lr"] for line in steps], one)
@@ -67,9 +72,9 @@ def draw_bench(figure, path: Path):
         figure.suptitle("{device}, {threads} threads, {date}".format(**works.pop("machine")))
         for i, (work, r) in enumerate(works.items(), 1):
             panel = figure.add_subplot((len(works) + 2) // 3, min(3, len(works)), i)
-            names = [name for name in reversed(r["spread"]) if r[name] is not None]
+            names = list(reversed(r["spread"]))  # those that ran
             ends = [[abs(r[name] - r["spread"][name][side]) for name in names] for side in (0, 1)]
-            colors = ["C0" if name.startswith("ours") else "C2" for name in names]
+            colors = ["C0" if name.startswith("ours") or work == "busy" else "C2" for name in names]
             panel.barh(names, [r[name] for name in names], xerr=ends, color=colors, ecolor="gray")
             panel.set_title(f"{work}, {r['unit']}{', less is better' if r['unit'] in ('s', 'x') else ''}", fontsize=9)
 
@@ -86,9 +91,13 @@ def main():
         raise UserError("drawing needs matplotlib: pip install matplotlib") from None
     ink, paper, grid = ("#e6edf3", "#0d1117", "#30363d") if s.dark else ("#24292f", "#ffffff", "#d8dee4")
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
-    style |= {"figure.facecolor": paper, "axes.facecolor": paper, "grid.color": grid, "axes.grid": True}
+    style |= {"figure.facecolor": paper, "axes.facecolor": paper, "grid.color": grid, "font.size": 8}
     out = Path(s.out or (Path(s.bench).with_suffix(".png") if s.bench else Path(folders[0], "log.png")))
-    style |= {"axes.axisbelow": True, "font.size": 8, "axes.prop_cycle": "cycler(color=['3b8eea', 'e8742a', '35a853'])"}
+    style |= {
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.prop_cycle": "cycler(color=['3b8eea', 'e8742a', '35a853'])",
+    }
     with matplotlib.rc_context(style), atomic(out) as temporary:
         figure = Figure(figsize=(9, 6), layout="constrained")
         draw_bench(figure, Path(s.bench)) if s.bench else draw_runs(figure, folders)

@@ -18,7 +18,7 @@ import math
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -139,7 +139,9 @@ def main():
         s, data, notes, changes = resumed_settings(s, data, given, checkpoint.load_state(state_file)["settings"])
     else:
         check_folder(s, given)
-        was = checkpoint.load_state(state_file)["settings"]["init_from"] if found else "auto"
+        was = "auto"
+        with suppress(UserError):  # a run without a state, or with a damaged one
+            was = checkpoint.load_state(state_file)["settings"]["init_from"]
         if was != "auto":
             remedy = "--init_from=scratch would train random weights. Use another --out_dir."
             raise UserError(f"{s.out_dir} was fine-tuned from {was}: {remedy}")
@@ -384,7 +386,9 @@ def check_folder(s: Settings, given: dict):
     if weights and s.init_from != "scratch" and checkpoint.metadata(Path(s.out_dir)).get("step") != "0":
         remedy = f"Use another --out_dir, with --init_from={s.out_dir} to fine-tune that model."
         raise UserError(f"{s.out_dir} holds a model and no state.pt: a run would overwrite it. {remedy}")
-    if s.init_from == "resume" or set(given) == {"out_dir"}:  # a new run says what it trains
+    # a new run says what it trains: these settings alone are those of a resume
+    resume = "out_dir" in given and set(given) <= {"out_dir", "lr_decay_iters", "max_epochs", *FOLLOW}
+    if s.init_from == "resume" or resume:
         raise UserError(f"{s.out_dir}/state.pt not found: nothing to resume. A new run needs a recipe.")
 
 

@@ -63,7 +63,7 @@ NANOGPT = dict(
     n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size", batch_size="global_batch_size",
     gradient_accumulation_steps="global_batch_size", eval_iters="eval_rows", decay_lr="lr_schedule", start="prompt",
     out_dir="model", eval_only="python evaluate.py measures a model",
-    wandb_log="log.jsonl in the run's folder has every figure, and app.py draws it",
+    wandb_log="log.jsonl in the run's folder has every figure, and plot.py draws it",
 )  # fmt: skip
 
 

@@ -23,9 +23,9 @@ LINES = {
     "evaluate.py": 130,
     "verify_hf.py": 500,
     "bench.py": 580,
-    "plot.py": 100,
+    "plot.py": 110,
     "app.py": 600,
-    "export_gguf.py": 260,
+    "export_gguf.py": 250,
     "import_gguf.py": 230,
     "lib/settings.py": 230,
     "lib/files.py": 120,
@@ -42,9 +42,10 @@ LINES = {
     "fast/graphs.py": 180,
 }
 CORE = ["model.py", "dataloader.py", "optimizer.py", "checkpoint.py", "train.py", "sample.py"]
-# What all files may have together. A new leaf script adds its lines to "python", up to 7,300; its tests, to 10,500.
+# The limits of all files together. A new leaf script may raise "python" by its lines, to at most 7,300, and its tests
+# may raise "tests", to at most 10,500.
 TOTALS = {
-    "python": 6430,
+    "python": 6440,
     "core lines": 1870,
     "core characters": 100000,
     "tests": 9500,

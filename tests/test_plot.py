@@ -51,14 +51,16 @@ def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
 
 
 def test_bench_shows_every_contender(tmp_path):
-    """A bar for each contender that was measured, with the median; one that failed has none."""
-    result = {"unit": "tok/s", "ours": 80.0, "hf": 40.0, "openvino": None, "spread": {"ours": [70, 85], "hf": [39, 41]}}
+    """A bar for each contender that ran, as long as its median, with the slowest and the fastest round."""
+    result = {"unit": "tok/s", "ours": 80.0, "hf": 40.0, "openvino": None, "spread": {"ours": [70, 85], "hf": [39, 43]}}
     file = tmp_path / "bench.txt"
     machine = {"device": "a CPU", "threads": 2, "date": "2026-11-30"}
     file.write_text("decode\n  ours ...\n" + json.dumps({"machine": machine, "train": result, "decode": result}) + "\n")
     figure = Figure()
     plot.draw_bench(figure, file)
     assert len(figure.axes) == 2 and [bar.get_width() for bar in figure.axes[1].patches] == [40.0, 80.0]
+    ends = [[x for x, _ in end] for end in figure.axes[1].collections[0].get_segments()]
+    assert ends == [[39.0, 43.0], [70.0, 85.0]]  # slowest and fastest round
     assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["hf", "ours"]
 
 
@@ -76,8 +78,9 @@ def test_the_command_writes_a_picture(tmp_path, monkeypatch, capsys):
     "flags, message",
     [
         ([], "expected --run"),
-        (["--run=missing"], "missing/log.jsonl not found"),
+        (["--run=missing"], r"missing.log\.jsonl not found"),
         (["--run=empty"], "no step yet"),
+        (["--run=steps,steps"], "no evaluation yet"),
         (["--bench=empty/log.jsonl"], "what bench.py printed"),
     ],
 )
@@ -85,6 +88,7 @@ def test_nothing_to_draw_is_one_line(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("empty/log.jsonl").write_text("\n")
+    run_folder(Path("steps"), losses=())
     monkeypatch.setattr(sys, "argv", ["plot.py", *flags])
     with pytest.raises(UserError, match=message):
         plot.main()

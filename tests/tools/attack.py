@@ -253,7 +253,7 @@ prepare 2 --val_fraction=1 --vocab_size=1e5 --show=-1
 prepare 1,2 --vocab_size=10 --vocab_size=65537 --dataset= --dataset=../x --dataset=a/b
 prepare 1 --tokenizer=missing --tokenizer=missing.json --tokenizer=t.txt --tokenizer=a/b/c --input=no.txt --input=*.md
 sample 2 --temperature=nan --repetition_penalty=0 --top_p=2 --min_p=-1 --top_k=1.5 --num_samples=0 --seed=-1
-sample 1 --prompt=FILE:missing --prompt=FILE:out --model=missing --model=t.txt --model=a/b --model=a/b/c --model=data/t
+sample 1 --prompt=FILE:missing --prompt=FILE:out --model=missing --model=t.txt --model=a--b/c --model=a/b --model=data/t
 evaluate 1 --text=missing --text=out --dataset=missing --model=missing --model=out/t,missing
 export_gguf 1 --model=missing --model=t.txt --out_dir=t.txt --out_dir=/proc/x
 import_gguf 1 --gguf=missing --gguf=out --gguf=t.txt --gguf=out/t/model.safetensors
