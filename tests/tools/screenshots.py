@@ -23,7 +23,11 @@ import app  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MAX_BYTES = 150_000
-QUESTIONS = ["Who are you, and what do you do?", "What does a crossing cost?"]
+QUESTIONS = ["Tell me your name and your trade.", "My hands are always cold. What can I do?"]
+USED = (  # what README and docs/playground.md show
+    "chat-light chat-phone see-inside-light see-inside-dark see-inside-phone write-light write-phone training-dark "
+    "training-phone model-dark"
+).split()
 WINDOWS = dict(light=(1180, 860), dark=(1180, 860), phone=(390, 844))
 
 
@@ -77,7 +81,10 @@ def take_pictures(page, s: Settings, kind: str):
         page.get_by_role("tab", name=name).click()
         page.wait_for_timeout(700)
 
-    picture = lambda name: save(page, Path(s.out_dir) / f"app-{name}-{kind}.png")
+    def picture(name: str):
+        if f"{name}-{kind}" in USED:
+            save(page, Path(s.out_dir) / f"app-{name}-{kind}.png")
+
     enter(page, "Seed", s.seed)
     enter(page, "number input for Length", s.length)
     for question in QUESTIONS:
@@ -85,7 +92,13 @@ def take_pictures(page, s: Settings, kind: str):
     picture("chat")
     tab("See inside")
     page.locator("#inside .token").nth(6).click()
+    if kind != "phone":  # README shows it at half of its width, so without the settings
+        page.locator(".sidebar.open .toggle-button").click()
+        page.set_viewport_size(dict(width=720, height=480))
     picture("see-inside")
+    if kind != "phone":
+        page.set_viewport_size(dict(zip(("width", "height"), WINDOWS[kind])))
+        page.locator(".sidebar .toggle-button").click()
     tab("Write")
     if kind != "phone":
         choose(page, "Compare with", s.run)
