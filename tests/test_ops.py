@@ -127,7 +127,8 @@ def test_what_is_changed_in_model_py_is_used(part, monkeypatch, capsys):
     with torch.no_grad():
         for a, b in zip(plain(ids, targets), model(ids, targets)):
             assert torch.equal(a, b)
-        assert torch.equal(plain(ids, targets, loss_only=True)[1], model(ids, targets, loss_only=True)[1])
+        a, b = plain(ids, targets, loss_only=True)[1], model(ids, targets, loss_only=True)[1]
+        assert torch.allclose(a, b, rtol=1e-6)  # other threads may add in another order
     assert f"the {part} in model.py is not the one in fast/" in capsys.readouterr().err
     if part == "MLP":
         del model.layers[0].mlp.gate_proj
