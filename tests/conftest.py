@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network, whatever cache this machine has
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread costs more than it brings
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread slows down models this small
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -29,14 +29,14 @@ TEXT = (ROOT / "data/shakespeare/play.txt").read_text(encoding="utf-8")[:30000]
 
 @pytest.fixture(autouse=True)
 def fresh_torch_state():
-    """A fixed seed and the default dtype for every test, whatever the test before it changed."""
+    """Start every test with a fixed seed and the default dtype, whatever the test before it changed."""
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 def tiny(**changes):
-    """A random SmolLM2 of the TINY shape (with `changes` to its config), fp32, in eval mode."""
+    """Return a random SmolLM2 of the TINY shape (with `changes` to its config), fp32, in eval mode."""
     from checkpoint import config_from_dict
     from model import SmolLM2
 
@@ -45,7 +45,7 @@ def tiny(**changes):
 
 
 def tiny_hf(seed: int = 0, **changes):
-    """A random LlamaForCausalLM of the TINY shape (with `changes` to its LlamaConfig), fp32, in eval mode."""
+    """Return a random LlamaForCausalLM of the TINY shape (with `changes` to its config), fp32, in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def tiny_hf(seed: int = 0, **changes):
 
 
 def save_hf_directory(path, hf=None, **save_arguments) -> Path:
-    """A complete directory as transformers writes it, plus a 512-token tokenizer; returns the path."""
+    """Write a complete directory as transformers does, plus a 512-token tokenizer; return the path."""
     from lib.files import write_json
 
     from checkpoint import tokenizer_config
@@ -69,13 +69,13 @@ def save_hf_directory(path, hf=None, **save_arguments) -> Path:
 
 @pytest.fixture
 def hf_directory(tmp_path) -> Path:
-    """A directory with a tiny random model in fp32, its head tied, made by transformers, and its tokenizer."""
+    """Write a directory with a tiny random model of transformers (fp32, tied head) and a tokenizer; return the path."""
     return save_hf_directory(tmp_path / "model")
 
 
 def run_script(*arguments, cwd=ROOT, timeout=120, **environment) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` as a user would; returns the exit code and what it printed. SCRIPT is a path inside the
-    repository, whatever the working directory is."""
+    """Run `python SCRIPT ...` as a user would; return its exit code and output. SCRIPT is relative to the repository,
+    whatever the working directory is."""
     script, *rest = map(str, arguments)
     return subprocess.run(
         [sys.executable, str(ROOT / script), *rest],

@@ -14,10 +14,10 @@ import xllamacpp
 
 class LlamaCpp:
     def __init__(self, file, context: int = 0, threads: int = 1):
-        """Load `file`; RuntimeError if llama.cpp refuses it. context 0: the model's own.
+        """Load `file`; raise RuntimeError if llama.cpp refuses it. With context=0 the context is the model's own.
 
         No flash attention and a cache in fp32: log-probabilities are then right to 1e-6 nats per token instead of 1e-3.
-        One thread: a tiny model gains nothing from a second one, which would disturb torch's.
+        One thread: a tiny model gains nothing from a second one, which would compete with torch's threads.
         """
         p = xllamacpp.CommonParams()
         p.model.path = str(file)
@@ -41,11 +41,11 @@ class LlamaCpp:
             return json.loads(reply.read())
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Return the ids of a text; special: text that spells a special token becomes that token."""
+        """Return the ids of a text. With `special`, text that spells a special token becomes that token."""
         return self.post("/tokenize", content=text, parse_special=special, add_special=True)["tokens"]
 
     def greedy(self, ids: list[int], n: int) -> list[int]:
-        """Return up to n next ids, always the likeliest one; fewer if the model ends the text."""
+        """Return the next n ids by greedy decoding; fewer if the model ends the text."""
         return self.post("/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True)["tokens"]
 
     def log_probabilities(self, ids: list[int], vocab_size: int, printable: int) -> list[float]:

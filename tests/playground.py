@@ -1,5 +1,5 @@
-"""A playground on made-up runs, for test_app.py and test_app_browser.py. It is served in the tests' own process, so
-that they can slow its generation down and count tokens."""
+"""A playground on made-up runs, for test_app.py and test_app_browser.py. It runs in the process of the tests, so that
+they can slow its generation down and count tokens."""
 
 import json
 import math
@@ -29,7 +29,7 @@ SAMPLES = [dict(step=s, sample=f"<b>MARA</b>:\nWhat news at {s}?") for s in (100
 
 
 def make_run(path: Path, seed: int = 0, step: int = 200, evaluated: bool = True) -> Path:
-    """A directory as train.py leaves it: a random tiny model, its tokenizer, metadata in the weights, a log."""
+    """Make a directory as train.py leaves it: a random tiny model, its tokenizer, metadata in the weights, a log."""
     save_hf_directory(path, tiny_hf(seed))
     facts = dict(step=str(step), tokenizer_sha256=file_sha256(path / "tokenizer.json"))
     facts |= dict(val_loss="3.0", val_bpb="1.5") if evaluated else dict(untrained="true")
@@ -40,7 +40,7 @@ def make_run(path: Path, seed: int = 0, step: int = 200, evaluated: bool = True)
 
 
 def make_chat_run(path: Path, seed: int = 0) -> Path:
-    """A run with a chat template, whose answers end at <|im_end|> and whose context holds a few turns."""
+    """Make a run with a chat template, answers that end at <|im_end|>, and a context of a few turns."""
     save_hf_directory(path, tiny_hf(seed, eos_token_id=2, max_position_embeddings=256))
     (path / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     return path
@@ -48,7 +48,7 @@ def make_chat_run(path: Path, seed: int = 0) -> Path:
 
 @contextmanager
 def serving(root: Path, model: str = "", **arguments):
-    """The playground on the runs under root/out: (url, demo, models). The working directory is root meanwhile."""
+    """Serve the playground on the runs under root/out, in the working directory root; yield (url, demo, models)."""
     before = Path.cwd()
     os.chdir(root)
     demo = None
@@ -66,7 +66,7 @@ def serving(root: Path, model: str = "", **arguments):
 
 
 class SlowGenerate:
-    """Takes the place of app.generate: the same tokens, `pause` seconds each, counted, and always the full length."""
+    """Replaces app.generate: yields and counts the same tokens, takes `pause` seconds for each, never stops early."""
 
     def __init__(self, pause: float):
         self.pause, self.generate = pause, app.generate
@@ -88,8 +88,8 @@ class SlowGenerate:
             self.ended.set()
 
     def wait_for(self, tokens: int, timeout: float = 20):
-        """Return when this many tokens have been made in all."""
+        """Wait until this many tokens have been generated in total."""
         deadline = time.monotonic() + timeout
         while self.tokens < tokens:
-            assert time.monotonic() < deadline, f"{self.tokens} tokens after {timeout} s, waited for {tokens}"
+            assert time.monotonic() < deadline, f"{self.tokens} tokens after {timeout} s, expected {tokens}"
             time.sleep(0.005)

@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """out/a and out/b continue texts; out/c, the newest, can chat."""
+    """Make out/a and out/b, which continue texts, and out/c, the newest, which can chat."""
     root = tmp_path_factory.mktemp("browser")
     make_run(root / "out" / "b", seed=1)
     make_run(root / "out" / "a", seed=0)
@@ -41,23 +41,23 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def urls(root):
-    """The addresses of a page that begins with out/a and of one that begins with out/c."""
+    """Serve a page that starts with out/a and one that starts with out/c; yield their addresses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "REFRESH", 0.5)  # seconds; nobody wants to wait for the real 3
+        patch.setattr(app, "REFRESH", 0.5)  # seconds instead of 3, so that the tests wait less
         with serving(root, "out/a") as (write, *_), serving(root, "out/c") as (chat, *_):
             yield dict(write=write, chat=chat)
 
 
 @pytest.fixture
 def visit(browser, urls):
-    """visit() opens a page in a window of its own, ready to be used. No page may print an error to its console, or
-    request anything from another host."""
+    """Return visit(), which opens a page in its own window and waits until it is ready. No page may print an error to
+    its console or send a request to another host."""
     contexts, errors, requests = [], [], []
 
     def visit(start="write", width=1180, height=860, scheme="light", address=""):
         contexts.append(browser.new_context(viewport=dict(width=width, height=height), color_scheme=scheme))
         page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)  # ms; beside the other tests everything takes ten times as long
+        page.set_default_timeout(60_000)  # ms; while other tests run, everything takes ten times as long
         page.on("console", lambda m: errors.append(m.text) if m.type == "error" and "responded" not in m.text else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
@@ -75,7 +75,7 @@ def visit(browser, urls):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """slow(0.05) makes every token take that long and counts them."""
+    """Return slow(): slow(0.05) makes every token take that long, and counts the tokens."""
 
     def start(pause):
         stand_in = SlowGenerate(pause)
@@ -108,7 +108,7 @@ def text_of(page, n=1):
 
 
 def grows(page, expression, times=3):
-    """Waits until the value of an expression has changed this often."""
+    """Wait until the value of an expression has changed this many times."""
     for _ in range(times):
         before = page.evaluate(expression)
         page.wait_for_function(f"before => ({expression}) !== before", arg=before)
@@ -119,12 +119,12 @@ def messages(page):
 
 
 def wait_for_messages(page, count):
-    """The page draws them a moment after the server has sent them."""
+    """Wait for this many messages: the page draws them a moment after the server has sent them."""
     page.wait_for_function("n => document.querySelectorAll('.talk .message .md').length === n", arg=count)
 
 
 def press(page, button, happened, arg=None):
-    """button(), and again until it has happened: the page ignores it while the end of an answer is on its way."""
+    """Call button() until `happened` is true: the page ignores it until the end of an answer has arrived."""
     for _ in range(100):
         button()
         try:
@@ -167,7 +167,7 @@ def test_write_and_look_inside(visit):
 
 
 def test_two_models_write_side_by_side(visit):
-    """One prompt and seed; different weights, different texts."""
+    """With one prompt and seed, different weights write different texts."""
     page = visit()
     choose(page, "Compare with", "out/b")
     page.locator("#text2").wait_for()
@@ -179,7 +179,7 @@ def test_two_models_write_side_by_side(visit):
 
 
 def test_a_second_visitor_waits_and_may_leave_the_queue(visit, slow):
-    """A visitor who waits must see the place in the queue, and is not served later after Stop; texts never mix."""
+    """A waiting visitor sees the place in the queue; after Stop nothing is generated for them; texts never mix."""
     counted = slow(0.05)
     first, second, third = visit(), visit(), visit()
     send(first)
@@ -202,7 +202,7 @@ def test_a_second_visitor_waits_and_may_leave_the_queue(visit, slow):
 
 
 def test_chat(visit):
-    """A conversation of two turns; the answer is made again, the first question edited, all of it cleared."""
+    """Take two turns, retry the second, edit the first question, undo it, and clear the chat."""
     page = visit("chat")
     page.wait_for_function("document.activeElement?.closest('#say')")  # it is the first tab
     evil = '<img src="http://localhost:9/x"> <b>bold</b> &lt;\n    <|im_end|> *a* $$b$$'
@@ -234,8 +234,8 @@ def test_chat(visit):
 
 
 def test_typing_while_an_answer_comes(visit, slow):
-    """The next question is often typed while the answer is written: no token may wipe it, nor Enter lose it; and Stop
-    must end the computation and keep what was said."""
+    """The next question is often typed during an answer: neither a new token nor Enter may lose it. Stop must end the
+    computation and keep the partial answer."""
     counted = slow(0.1)
     page, last = visit("chat"), "[...document.querySelectorAll('.talk .message .md')].at(-1).textContent"
     box = page.locator("#say textarea")
@@ -258,7 +258,7 @@ def test_typing_while_an_answer_comes(visit, slow):
 
 
 def test_what_is_typed_before_the_answer_begins_stays(visit, slow):
-    """The box is emptied only if it still holds the message that is answered: a visitor in the queue types on."""
+    """The box is cleared only if it still holds the message being answered: a visitor in the queue may type on."""
     counted = slow(0.05)
     first, second = visit(), visit("chat")
     with first.expect_response(re.compile("queue/join")):
@@ -277,13 +277,13 @@ def test_what_is_typed_before_the_answer_begins_stays(visit, slow):
 
 
 def points_of(page):
-    """Points of the drawn loss curves, from the paths of the plot."""
+    """Count the points of the drawn loss curves, from the paths of the plot."""
     paths = page.locator("#loss svg .mark-line path").evaluate_all("ps => ps.map(p => p.getAttribute('d') || '')")
     return sum(len(re.findall(r"[ML]", d)) for d in paths)
 
 
 def test_training_is_drawn_and_follows_the_run(visit, root):
-    """The curves come from log.jsonl, and again when a line is added."""
+    """The curves show log.jsonl, and are drawn again when a line is added."""
     page = visit()
     open_tab(page, "Training")
     page.locator("#loss svg .mark-line path").first.wait_for()
@@ -298,10 +298,10 @@ def test_training_is_drawn_and_follows_the_run(visit, root):
 
 
 def test_runs_come_and_go(visit, root):
-    """The facts follow the chosen model. The page may be open for days while runs come and go."""
+    """The page may stay open for days while runs appear and disappear; it shows the facts of the chosen model."""
     page = visit()
     make_run(root / "out" / "later", seed=3)
-    page.wait_for_timeout(1500)  # a round of the timer, and then some
+    page.wait_for_timeout(1500)  # a few refreshes
     choose(page, "Model", "out/later")
     page.locator(".note", has_text="out/later").wait_for()
     page.get_by_label("int8 weights").check()
@@ -314,12 +314,12 @@ def test_runs_come_and_go(visit, root):
     page.get_by_text("no such model here (any more). Choose one of").first.wait_for()
     choose(page, "Model", "out/a")
     send(page, "The Duke")
-    finished(page)  # it goes on working
+    finished(page)  # the page still works
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(visit, scheme):
-    """On 360 pixels nothing sticks out, and the settings are closed but there."""
+    """At a width of 360 pixels nothing overflows, and the settings are closed but can be opened."""
     page = visit("chat", 360, 740, scheme)
     page.locator(".sidebar:not(.open)").wait_for(state="attached")
     assert page.locator("#say").bounding_box()["y"] < 740 - 80
@@ -334,7 +334,7 @@ def test_a_phone(visit, scheme):
 
 
 def test_no_model_yet_and_no_mouse(visit, tmp_path):
-    """A fresh checkout: the page opens and shows what to run. All of it, and the page about the API, is local."""
+    """In a fresh checkout the page opens and shows what to run. It and the API page request nothing remote."""
     with serving(tmp_path) as (address, _, _):
         page = visit(address=address)
         assert "python train.py config/tiny_shakespeare.py" in page.locator(".note.bad").first.inner_text()

@@ -1,4 +1,4 @@
-"""A cross-section of the cases in tests/tools/attack.py, and its judge, which must see each way to end badly."""
+"""A cross-section of the cases in tests/tools/attack.py, and its judge(), which must notice every kind of failure."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ signals/stepping SIGTERM
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    """Run the cross-section in one start of the tool: case -> what was wrong with it, for those that failed."""
+    """Run the tool once on the whole cross-section; return case -> what was wrong, for those that failed."""
     command = [sys.executable, str(ROOT / "tests/tools/attack.py"), "--only=" + ",".join(CROSS_SECTION)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert f"{len(CROSS_SECTION)} cases, " in done.stdout, done.stdout + done.stderr
@@ -45,13 +45,13 @@ def failures() -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("attack")  # in one process, so that one start of the tool is enough
+@pytest.mark.xdist_group("attack")  # in one process, so that the tool runs only once
 @pytest.mark.parametrize("case", CROSS_SECTION)
 def test_case(failures, case):
     assert not failures.get(case)
 
 
-# What a script may do wrong -> what the judge must say of it. The case allows exit code 1 and asks for the word "flag".
+# What a script does wrong -> what judge() must report. The case expects exit code 1 and the word "flag".
 CONTROLS = {
     "raise KeyError('flag')": "traceback",
     "import time; time.sleep(60)": "hung",
@@ -67,14 +67,14 @@ CONTROLS = {
     "import sys; open('may.txt.tmp', 'w'); sys.exit('flag')": "touched: may.txt.tmp",
     "import sys, tempfile; tempfile.mkdtemp(); sys.exit('flag')": "in TMPDIR",
     "import sys, subprocess as s; s.Popen(['sleep', '60']); sys.exit('flag')": "left 1 processes running",
-    "import sys; open('may.txt', 'w'); sys.exit('flag')": "",  # all in order
+    "import sys; open('may.txt', 'w'); sys.exit('flag')": "",  # nothing is wrong
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", CONTROLS)
 def test_control_judge(tmp_path, monkeypatch, text):
-    """A judge that passes everything would pass every script: each of these must fail, and the last one must not."""
+    """Each of these scripts must fail, except the last one, which does nothing wrong."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/old.txt").write_text("old")
     (tmp_path / "script.py").write_text(text)
@@ -85,6 +85,6 @@ def test_control_judge(tmp_path, monkeypatch, text):
 
 
 def test_control_names():
-    """The cross-section is in the table, and the table has what it promises."""
+    """The table has at least 150 cases, among them the whole cross-section."""
     names = {case.name for case in attack.table()}
     assert 150 <= len(names) <= 300 and set(CROSS_SECTION) <= names

@@ -15,7 +15,7 @@ import bench
 
 @pytest.mark.slow
 def test_the_last_line_is_one_json_object(tmp_path):
-    """Other programs read it; the smallest workload stands for all. Nothing is left in the working directory."""
+    """Other programs read that line. Nothing is left in the working directory."""
     done = run_script("bench.py", "--only=encode", "--repeats=2", "--vs=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     card = json.loads(done.stdout.splitlines()[-1])
@@ -48,7 +48,7 @@ def rounds(*figures):
 
 
 def test_the_ratio_is_to_the_best_peer_and_a_failure_is_left_out():
-    """Above 1 is better, for rates and for seconds; a peer that failed has no figure."""
+    """A ratio above 1 means that ours is faster, for rates and for seconds; a peer that failed has no figure."""
     found = {"ours": rounds(90, 120, 100), "hf": rounds(40, 50, 60), "llamacpp": dict(failed="its process died")}
     r = bench.summary("decode", found)
     assert (r["ours"], r["ratio"], r["best_peer"], r["llamacpp"]) == (100, 2.0, "hf", None)
@@ -57,7 +57,7 @@ def test_the_ratio_is_to_the_best_peer_and_a_failure_is_left_out():
 
 
 def contender(fails_at: int):
-    """Yields 0 for its setup, then 1, 2, ... for its rounds."""
+    """Yield 0 for the setup, then 1, 2, ... for the rounds."""
     for i in range(9):
         if i == fails_at:
             raise RuntimeError("too hot\nand more")
@@ -67,7 +67,7 @@ def contender(fails_at: int):
 
 @pytest.mark.slow
 def test_contenders_take_turns_and_may_fail():
-    """A failure at setup or in a round, or a process that dies, is that contender's result; the others go on."""
+    """A failure in setup or in a round, or a process that dies, is recorded for that contender; the others go on."""
     one = bench.take_turns({"good": (contender, 99), "no setup": (contender, 0), "no round": (contender, 2)}, 3)
     assert one["good"]["rounds"] == [1, 2, 3] and one["good"]["setup_s"] >= 0
     assert one["no setup"]["failed"] == one["no round"]["failed"] == "RuntimeError: too hot"
@@ -83,7 +83,7 @@ def test_compiled_is_compared_with_compiled():
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++"))), reason="torch.compile needs a C++ compiler")
 def test_transformers_can_be_compiled_block_by_block(monkeypatch):
-    """Its blocks really are compiled, and it trains: its class of block has its own __call__."""
+    """Its blocks really are compiled, although their class has its own __call__, and it trains."""
     pytest.importorskip("transformers")
     from torch._dynamo.utils import counters
 
@@ -93,12 +93,12 @@ def test_transformers_can_be_compiled_block_by_block(monkeypatch):
         training = bench.training(who, "cpu", 512, 2, 16, torch.bfloat16)
         next(training)
         assert next(training) > 0
-        # one graph for both blocks: with a cache of keys and values, which training does not need, each needs its own
+        # one graph for both blocks; with a KV cache, which training does not need, each would need its own
         assert counters["stats"]["unique_graphs"] == compiled
 
 
 def test_one_limit_for_the_whole_run(monkeypatch, capsys):
-    """The memory speed of a shared machine varies: the best that any workload saw is the limit of all of them."""
+    """The memory speed of a shared machine varies: the best one measured in any workload is the limit for all."""
     speeds = iter((30, 60))
 
     def turns(contenders, repeats):
@@ -115,7 +115,7 @@ def test_one_limit_for_the_whole_run(monkeypatch, capsys):
 
 
 def test_the_limit_at_depth_and_in_rows():
-    """Keys and values are read as well as weights, and rows share the weights, until the products are the limit."""
+    """Keys and values are read as well as weights. Rows share the weights, until compute becomes the limit."""
     limits = dict(bfloat16=400, float32=800, memory=50)
     weights = {"total": 10**8, "backbone": 8 * 10**7, "cached": 11520}
     limit = {work: bench.hardware_limit(work, limits, weights) for work in bench.ALL}
@@ -129,7 +129,7 @@ def test_the_limit_at_depth_and_in_rows():
 
 @pytest.mark.slow
 def test_busy_programs_end(monkeypatch):
-    """The busy workload leaves no program running; a bench that is killed does not, either."""
+    """The busy workload leaves no program running, and neither does a bench that is killed."""
     popen, started = subprocess.Popen, []
     monkeypatch.setattr(bench, "generating", lambda *_: iter([None, 6.0, 2.0, 6.0, 3.0]))
     busy = bench.beside_others("reading", "cpu", "", torch.float32)
@@ -145,7 +145,7 @@ def test_busy_programs_end(monkeypatch):
 
 
 def test_every_workload_measures_the_weights_it_names(monkeypatch):
-    """A row in int8 has int8 weights, on our side and on that of the peers, and no other row has."""
+    """An int8 row measures int8 weights, ours and those of the peers; no other row does."""
     measured = []
 
     class Engine:
@@ -171,7 +171,7 @@ def test_every_workload_measures_the_weights_it_names(monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
 def test_a_native_llama_bench_is_asked_for_the_same_work(tmp_path):
-    """The same tokens after the same depth from the same weights, and only if llama.cpp takes part."""
+    """It runs the same weights for as many tokens at the same depth, and only if llama.cpp takes part."""
     program = tmp_path / "llama-bench"
     program.write_text(f'#!/bin/sh\necho "$2 $4 $6 $8" >> {tmp_path}/asked\necho \'[{{"avg_ts": 12.5}}]\'\n')
     program.chmod(0o755)

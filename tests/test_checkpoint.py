@@ -1,4 +1,4 @@
-"""checkpoint.py and files.py: all that can be wrong with a model directory, and files that are whole or not there."""
+"""checkpoint.py and files.py: everything that can be wrong with a model directory, and writing files atomically."""
 
 import json
 import os
@@ -21,14 +21,14 @@ from prepare import train_bpe
 
 
 def test_saved_and_loaded_is_bit_equal(tmp_path):
-    """Config and logits, tied and untied; loaded as bf16, the tables of RoPE stay fp32."""
+    """Config and logits are equal, tied and untied. The RoPE tables stay fp32 when a model is loaded as bf16."""
     for tied in (True, False):
         model = tiny(tie_word_embeddings=tied)
         save_pretrained(model, tmp_path)
         again = from_pretrained(tmp_path)
         ids = torch.randint(0, 512, (2, 20))
         assert again.config == model.config and torch.equal(again(ids)[0], model(ids)[0])
-        written = read_json(tmp_path / "config.json")  # transformers 4 and 5 each silently fall back without their key
+        written = read_json(tmp_path / "config.json")  # without its own key, transformers 4 or 5 takes a default
         assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 100000.0
         assert written["dtype"] == written["torch_dtype"] == "float32"
         half = from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -36,7 +36,7 @@ def test_saved_and_loaded_is_bit_equal(tmp_path):
 
 
 def test_equal_models_are_equal_files(tmp_path):
-    """With the permissions of other files, and the library reads them. Negative control: its own eight files differ."""
+    """They have normal permissions, and safetensors reads them. Negative control: eight files that it saves differ."""
     for i in range(8):
         save_pretrained(tiny(), tmp_path / str(i), dict(step="3", val_loss="1.5", note="naïve ☃"))
     files = [tmp_path / str(i) / "model.safetensors" for i in range(8)]
@@ -49,7 +49,7 @@ def test_equal_models_are_equal_files(tmp_path):
 
 
 def test_the_single_file_wins_over_a_stale_index(tmp_path):
-    """As in transformers: a folder that once held shards, and then got one file."""
+    """As in transformers, for a folder that held shards before it got a single file."""
     save_pretrained(tiny(), tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
     from_pretrained(tmp_path)
@@ -78,7 +78,7 @@ def test_other_dtypes_are_refused_and_mixtures_must_be_told_what_to_become(tmp_p
      (dict(rope_parameters=None, rope_theta="big"), "big")],
 )  # fmt: skip
 def test_a_damaged_config_is_one_line_that_names_the_file(tmp_path, change, message):
-    """Text for a number, a list for an object, a digit too many."""
+    """Text instead of a number, a list instead of an object, a number that is far too large."""
     save_pretrained(tiny(), tmp_path)
     good = json.loads((tmp_path / "config.json").read_text())
     for text, named in ((json.dumps(good | change), message), ("[]", ""), ("", ""), ('{"a":' * 10**5, "")):
@@ -101,14 +101,14 @@ def alter(path, change):
      (lambda t: t.update({"lm_head.weight": torch.zeros(512, 48)}), r"Unexpected key.*lm_head\.weight")],
 )  # fmt: skip
 def test_a_directory_with_other_tensors_is_refused(hf_directory, change, message):
-    """transformers only warns; random weights in place of a missing tensor are the worst of the silent failures."""
+    """transformers only warns, and uses random weights for a missing tensor, the worst kind of silent failure."""
     alter(hf_directory, change)
     with pytest.raises(UserError, match=message):
         load(hf_directory)
 
 
 def test_damage_is_named(hf_directory):
-    """Cut short, altered, missing: each file by name."""
+    """The error names the file that is cut short, altered or missing."""
     save_pretrained(load(hf_directory)[0], hf_directory)
     good = (hf_directory / "model.safetensors").read_bytes()
     flipped = good[:-100] + bytes([good[-100] ^ 1]) + good[-99:]
@@ -125,7 +125,7 @@ def test_damage_is_named(hf_directory):
 
 
 def test_a_tokenizer_of_another_run_is_refused(hf_directory):
-    """By size, and, where the run left its hash, by content: same size and another order of merges is enough."""
+    """By its size and, if the run stored its hash, by its content, so that the same size does not hide it."""
     train_bpe([TEXT, "zq" * 999], 512).save(str(hf_directory / "other.json"))
     model, _ = load(hf_directory)
     save_pretrained(model, hf_directory, {"tokenizer_sha256": file_sha256(hf_directory / "tokenizer.json")})
@@ -143,7 +143,7 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A model and its optimizers after one step, and their state.pt."""
+    """Return a model and its optimizers after one step, and save them in state.pt."""
     model = tiny().train()
     optimizers = make_optimizers(model, "muon", 0.01, 0.1, (0.9, 0.95))
     model(*torch.randint(512, (2, 2, 20)))[1].backward()
@@ -154,7 +154,7 @@ def stopped(tmp_path):
 
 
 def test_a_state_comes_back_to_the_last_bit(tmp_path, stopped):
-    """Model and moments, into new optimizers with another learning rate, which they keep."""
+    """Model and moments are restored into new optimizers, which keep their own learning rate."""
     state = checkpoint.load_state(tmp_path / "state.pt")
     assert state["config"] == stopped[0].config and state["progress"] == {"step": 1}
     assert state["settings"] == dict(max_iters=50)
@@ -172,8 +172,8 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path, stopped):
     "change", [lambda m: m["exp_avg"].fill_(float("inf")), lambda m: m.update(exp_avg=torch.ones(3))]
 )
 def test_a_state_with_damaged_moments_is_refused(tmp_path, stopped, change):
-    """Not finite, or of another shape: one UserError, and the remedy overwrites nothing. All other damage is
-    in test_train.py."""
+    """Moments that are not finite or have another shape end in one UserError, whose advice overwrites nothing.
+    test_train.py has all other kinds of damage."""
     state, bad = torch.load(tmp_path / "state.pt", weights_only=True), tmp_path / "bad.pt"
     change(state["optimizers"][1]["state"][0])
     torch.save(state, bad)
@@ -202,7 +202,7 @@ def test_an_atomic_file_is_the_old_one_or_the_new_one(tmp_path):
 
 
 def test_a_folder_is_locked_for_one_process_and_released_by_its_death(tmp_path):
-    """The lock is the operating system's: kill -9 releases it. Negative control: another folder is free."""
+    """The operating system holds the lock, so kill -9 releases it. Negative control: another folder is free."""
     code = (
         "import sys, time; from pathlib import Path; from lib.files import exclusive\n"
         "with exclusive(Path(sys.argv[1]), 'in use'): print('held', flush=True); time.sleep(60)"

@@ -1,4 +1,4 @@
-"""The core without what stands around it: model.py in an empty folder, and the scripts without fast/."""
+"""The core on its own: model.py in an empty folder, and the scripts without fast/."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def run_ten_lines(folder: Path, weights: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_model_py_alone_loads_weights_in_ten_lines(tmp_path, tied):
-    """It needs no other file of this project, and its logits are transformers'."""
+    """It needs no other file of this project, and its logits match transformers'."""
     hf = tiny_hf(tie_word_embeddings=tied)
     hf.save_pretrained(tmp_path / "weights")
     (tmp_path / "alone").mkdir()
@@ -71,8 +71,8 @@ RUN = (
 
 
 def test_without_fast_everything_works(tmp_path):
-    """Training, resuming, loading and sampling in a copy without fast/, or with what `git rm` leaves of it,
-    give what they give with it: losses and weights to rounding, and equal greedy text. int8 says that it needs it."""
+    """Without fast/, or with only what `git rm` leaves of it, a run trains, resumes and samples as with it: equal
+    validation losses up to rounding, and equal greedy text. int8 ends in an error that says it needs fast/."""
     found = {}
     for name in ("with", "without"):
         work = tmp_path / name
@@ -101,8 +101,8 @@ def test_without_fast_everything_works(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("edit", ["", "q, k = F.rms_norm(q, (self.D,)), F.rms_norm(k, (self.D,))"])
 def test_a_changed_architecture_is_not_answered_by_the_old_one(tmp_path, edit):
-    """Whoever edits the attention in model.py must not get decode.c's tokens, whatever the dtype of the weights: those
-    of bf16 and int8 would pass a comparison that allows for rounding. Unchanged files are the control."""
+    """After an edit of the attention in model.py, decode.c must not be used for any dtype: with bf16 and int8 weights
+    it would pass a comparison that allows for rounding. Negative control: unchanged files."""
     for name in ("model.py", "checkpoint.py", "sample.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("lib", "fast"):

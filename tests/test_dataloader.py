@@ -13,7 +13,7 @@ from dataloader import Conversations, Rows, pack, validation_rows
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty folder to write x.bin to."""
+    """Work in an empty folder, to write x.bin to."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -22,8 +22,8 @@ def here(tmp_path, monkeypatch):
 
 
 def test_an_epoch_predicts_every_token_once(here):
-    """Rows are blocks from a random offset, wrapped around the end, in random order: every target once, but for the
-    remainder. Text that is too short for a row is refused."""
+    """Rows are blocks from a random offset, wrapped around the end, in random order: every target comes once, except
+    for the remainder. Text that is too short for a row is refused."""
     np.arange(1003, dtype="<u2").tofile("x.bin")
     rows = Rows("x.bin", 1003, 10, seed=1)
     epochs = []
@@ -35,7 +35,7 @@ def test_an_epoch_predicts_every_token_once(here):
         epochs.append(data)
     assert not np.array_equal(epochs[0], epochs[1]), "each epoch has its own order"
     other = Rows("x.bin", 1003, 10, seed=2)
-    assert np.array_equal(Rows("x.bin", 1003, 10, seed=1)[207], epochs[2][7])  # any row, without those before
+    assert np.array_equal(Rows("x.bin", 1003, 10, seed=1)[207], epochs[2][7])  # without loading the rows before
     assert any(not np.array_equal(other[i], epochs[0][i]) for i in range(5))
     assert Rows("x.bin", 11, 10, 0)[5].shape == (11,)
     with pytest.raises(UserError, match="block_size below 10"):
@@ -43,7 +43,7 @@ def test_an_epoch_predicts_every_token_once(here):
 
 
 def test_ids_of_another_tokenizer_are_refused(here):
-    """By training rows and by validation rows; an id beyond the vocabulary would be an index error, or worse."""
+    """In training rows and in validation rows: an id beyond the vocabulary would be an index error, or worse."""
     np.arange(100, dtype="<u2").tofile("x.bin")
     with pytest.raises(UserError, match="beyond the vocabulary"):
         for row in range(20):
@@ -54,7 +54,7 @@ def test_ids_of_another_tokenizer_are_refused(here):
 
 
 def test_noise_is_a_function_of_the_row_and_spares_the_targets(here):
-    """A row has the same noise in any batch, other noise in the next epoch, and about as much as asked for."""
+    """A row has the same noise in any batch, different noise in the next epoch, and about as much as was asked for."""
     np.arange(20000, dtype="<u2").tofile("x.bin")
     clean, noisy = Rows("x.bin", 20000, 100, 1), Rows("x.bin", 20000, 100, 1, noise=0.2, vocab_size=20000)
     (x, y), (x_clean, y_clean) = noisy.batch(range(50), "cpu"), clean.batch(range(50), "cpu")
@@ -75,7 +75,7 @@ def test_validation_covers_every_token_once_and_is_always_the_same(here):
 
 
 def test_a_validation_split_of_any_size_costs_its_rows_alone(here):
-    """Ten rows of ten billion tokens (an empty file of that length) take kilobytes. Negative control: the measure sees
+    """Ten rows out of ten billion tokens (a sparse file) take less than 1 MB. Negative control: the measurement notices
     an array."""
     tokens = 10**10
     with open("x.bin", "wb") as f:
@@ -94,7 +94,7 @@ def test_a_validation_split_of_any_size_costs_its_rows_alone(here):
 
 
 def write_conversations(count: int, name="x") -> list[tuple[np.ndarray, np.ndarray]]:
-    """Random conversations of 2 to 80 tokens, a tenth of them with nothing to train on; returns (ids, mask) of each."""
+    """Write random conversations of 2 to 80 tokens, a tenth with nothing to train on; return (ids, mask) of each."""
     random, conversations = np.random.default_rng(0), []
     for _ in range(count):
         length = random.integers(2, 80)
@@ -108,8 +108,8 @@ def write_conversations(count: int, name="x") -> list[tuple[np.ndarray, np.ndarr
 
 @pytest.mark.parametrize("block_size", [16, 40, 100])
 def test_a_row_holds_whole_conversations_and_trains_on_what_the_mask_selects(here, block_size):
-    """Every conversation appears once an epoch, cut at the row's length, and left out if nothing to train on remains.
-    Target t is token t + 1 if its mask selects it, otherwise -100. Negative control: the mask of token t."""
+    """Each conversation appears once per epoch, cut to the row's length, or is left out if nothing is left to train on.
+    Target t is token t + 1 if the loss mask selects that token, else -100. Negative control: the mask of token t."""
     conversations = [(ids[: block_size + 1], mask[: block_size + 1]) for ids, mask in write_conversations(200)]
     kept = [(ids, mask) for ids, mask in conversations if (mask == 1).any()]
     rows, found = Conversations("x.bin", block_size, seed=1), []
@@ -147,7 +147,7 @@ def test_a_row_of_conversations_is_a_function_of_seed_and_number(here):
 
 
 def test_packing_is_best_fit():
-    """An example by hand; and random sizes, the largest first, each in a bin with the least room that is enough."""
+    """An example by hand, then random sizes: largest first, each goes into the fullest bin with enough room."""
     assert pack(np.array([3, 7, 5, 2, 10]), 10) == [[4], [1, 0], [2, 3]]
     sizes = np.random.default_rng(0).integers(1, 65, 200)
     bins = pack(sizes, 64)
@@ -161,7 +161,7 @@ def test_packing_is_best_fit():
 
 
 def test_validation_conversations_are_all_there_or_spread(here):
-    """A limit takes evenly spread rows."""
+    """A limit selects evenly spaced rows."""
     kept = [mask for _, mask in write_conversations(80) if (mask == 1).any()]
     inputs, targets, documents = Conversations("x.bin", 300, seed=1).validation(1000)
     assert documents.amax(1).sum() == len(kept) and (targets != -100).sum() == sum((mask == 1).sum() for mask in kept)

@@ -1,7 +1,7 @@
 """decode.c against model.py: the same logits from the same weights and the same cache, in fp32, bf16 and int8.
 
-The reference is model.py in fp32 with everything rounded that decode.c rounds: the weights; for int8 the inputs of
-their products, too; keys and values to the dtype of the cache. Only the order of additions may differ.
+The reference is model.py in fp32 that rounds everything that decode.c rounds: the weights, for int8 also the inputs of
+the matrix products, and keys and values to the dtype of the cache. Only the order of additions may differ.
 """
 
 import copy
@@ -63,21 +63,21 @@ def pair(kind: str, **changes):
 
 
 def decoded(model, ids=IDS, start: int = 0, cache=None, check=True, threads: int = 2):
-    """Compute logits (B T, V) of ids (B, T), one token of each row after the other."""
+    """Compute logits (B T, V) of ids (B, T), one position at a time."""
     decoder, cache = Decoder(model, check), cache or KVCache(model.config, len(ids), dtype=model.dtype)
     decoder.pick_threads = lambda: threads  # from the first token on, however busy the machine
     return torch.cat([decoder(column, cache, start + n) for n, column in enumerate(ids.T)])
 
 
 def forget():
-    """Make it as in a new process: nothing loaded, no failure remembered."""
+    """Go back to the state of a new process: nothing loaded, no failure cached."""
     decode.library.cache_clear()
     decode.compile_error.cache_clear()
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Put decode.c into a folder of its own, where nothing is compiled yet."""
+    """Copy decode.c into an empty folder, where nothing is compiled yet."""
     shutil.copy(decode.SOURCE, tmp_path)
     monkeypatch.setattr(decode, "SOURCE", tmp_path / "decode.c")
     forget()
@@ -90,7 +90,7 @@ SHAPES = {
     "every head its own": dict(num_key_value_heads=6),
     "one for all": dict(num_attention_heads=5, num_key_value_heads=1, head_dim=20),
     "untied": dict(tie_word_embeddings=False),
-    "wide": dict(hidden_size=192, intermediate_size=332, head_dim=64),  # as released models; 332 is not 64 n
+    "wide": dict(hidden_size=192, intermediate_size=332, head_dim=64),  # as released models; 332 is no multiple of 64
     "no multiple of 16": dict(hidden_size=84, intermediate_size=140, head_dim=6, vocab_size=515),
 }
 
@@ -98,8 +98,8 @@ SHAPES = {
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_logits_are_those_of_the_plain_pass(kind, shape, monkeypatch):
-    """Check all positions, from an empty cache on. Any number of threads gives the same bits, since one computes each
-    row of a product. Negative control: the logits of the position before."""
+    """At all positions, starting with an empty cache. Any number of threads gives the same bits, since a single thread
+    computes each row of a product. Negative control: the logits of the position before."""
     model, exact = pair(kind, **SHAPES[shape])
     dtype, attend = model.dtype, smol.attend
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -109,7 +109,7 @@ def test_the_logits_are_those_of_the_plain_pass(kind, shape, monkeypatch):
     assert found.dtype == torch.float32 and all(torch.equal(found, other) for other in others)
     error, spread = (found - expected).std(dim=-1), float(expected.std())
     assert error.min() < 1e-5 * spread
-    # one number rounded the other way, because of its last bit, moves all that come after it
+    # a number that its last bit rounds the other way changes everything computed after it
     assert error.max() < (0.05 if kind == "int8" else 2e-3) * spread
     assert (found[1:] - expected[:-1]).std(dim=-1).min() > 0.2 * spread
 
@@ -118,8 +118,8 @@ def test_the_logits_are_those_of_the_plain_pass(kind, shape, monkeypatch):
 @pytest.mark.parametrize("shape", ["grouped", "no multiple of 16", "wide"])
 @pytest.mark.parametrize("rows", [2, 8, 13, 16])
 def test_several_texts_at_a_time_are_each_alone(rows, shape, kind):
-    """Every row of a batch gets the logits that it gets alone, bit for bit on x86, in a group of 8 or as one of the
-    rest, and across a block of positions. Negative control: another row."""
+    """Every row of a batch gets the logits that it gets alone, bit for bit on x86, in a group of 8 or in the remainder,
+    also after more than one block of positions. Negative control: another row."""
     model, _ = pair(kind, **SHAPES[shape], max_position_embeddings=140)
     ids = torch.randint(3, 512, (rows, 140), generator=torch.Generator().manual_seed(4))
     cache = KVCache(model.config, rows, dtype=model.dtype)
@@ -134,8 +134,8 @@ def test_several_texts_at_a_time_are_each_alone(rows, shape, kind):
 
 @pytest.mark.parametrize("sharp", [1.0, 300.0])
 def test_over_several_blocks_of_positions(sharp):
-    """300 positions are three blocks, the last one short. With scores in the thousands nearly all weights are 0, and
-    the highest score may be in any block. Negative control: without the first position."""
+    """300 positions are three blocks, the last one short. With scores in the thousands nearly all attention weights are
+    0, and the highest score may be in any block. Negative control: without the first position."""
     model, exact = pair("float32", max_position_embeddings=320)
     with torch.no_grad():
         for m in (model, exact):
@@ -162,7 +162,7 @@ def test_a_diverged_int8_model_shows(wrong):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_it_shares_the_cache_with_model_py(kind):
-    """What one writes to the cache the other reads, also after it has grown."""
+    """Each reads what the other wrote to the cache, also after the cache has grown."""
     model, _ = pair(kind)
     cache = KVCache(model.config, 1, dtype=model.dtype)
     ids = torch.randint(3, 512, (1, 64), generator=torch.Generator().manual_seed(2))
@@ -179,7 +179,7 @@ def test_it_shares_the_cache_with_model_py(kind):
 
 
 def test_generate_uses_it_and_writes_the_same(hf_directory, monkeypatch):
-    """Rows on a CPU go through decode.c; more than MAX_ROWS, fp16, fast=False and a model that was loaded with
+    """On a CPU, up to MAX_ROWS rows go through decode.c; more rows, fp16, fast=False and a model that was loaded with
     fast=False do not. Greedy text is the same."""
     model, _ = sample.load(hf_directory)
     calls = []
@@ -192,7 +192,7 @@ def test_generate_uses_it_and_writes_the_same(hf_directory, monkeypatch):
         return [i.tolist() for i in steps]
 
     fast = text(model)
-    assert len(calls) == 49  # the first token comes with the prompt
+    assert len(calls) == 49  # the first token comes from the prefill
     assert text(model, fast=False) == fast and not calls
     assert [i[:1] for i in text(model, [[5, 6, 7], [9, 8, 7]])] == fast and len(calls) == 49
     assert [i[:1] for i in text(model, [[5, 6, 7]] + [[9, 8, 7]] * decode.MAX_ROWS)] == fast and not calls
@@ -202,8 +202,8 @@ def test_generate_uses_it_and_writes_the_same(hf_directory, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_a_changed_model_is_noticed(kind, capsys, monkeypatch):
-    """Whoever changes model.py gets its text, not that of the old architecture in decode.c, and one warning; another
-    model in the process is checked by itself. Negative control: the model as it is."""
+    """A changed model.py writes its own text, not that of the old architecture in decode.c, with one warning. Another
+    model in the process is checked separately. Negative control: the unchanged model."""
     monkeypatch.setattr(decode, "warned", set())
     text = lambda m, **more: [i.tolist() for i in sample.generate(m, [5, 6, 7], 20, temperature=0, stop_ids=[], **more)]
     (same, _), (model, _) = pair(kind), pair(kind)
@@ -225,7 +225,7 @@ def test_a_changed_model_is_noticed(kind, capsys, monkeypatch):
     ids=["SwiGLU", "RoPE", "heads", "RMSNorm"],
 )  # fmt: skip
 def test_a_changed_formula_in_c_is_noticed(elsewhere, old, new):
-    """The check of a first token must see each of these for every kind of weights."""
+    """The check of the first token must notice each of these changes, for every kind of weights."""
     source = decode.SOURCE.read_text()
     assert source.count(old) == 1
     decode.SOURCE.write_text(source.replace(old, new))
@@ -248,11 +248,11 @@ def test_autocast_is_no_disagreement(hf_directory):
         assert (decoded(model) - expected).std() < 5e-6 < (model(IDS)[0][0] - expected).std()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of x86")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are flags for x86")
 @pytest.mark.parametrize("changed", ["-DPLAIN", "-mno-avx512vnni"])
 def test_every_way_to_multiply_bytes_gives_the_same_bits(changed, elsewhere, monkeypatch):
-    """Sums of products of bytes are exact, so the processor's instruction for them, that of older processors, and plain
-    arithmetic agree to the last bit. Negative control: bytes with a wrong sign do not."""
+    """Integer dot products are exact, so the processor's instruction for them, the one of older processors and plain C
+    agree to the last bit. Negative control: bytes with a wrong sign do not."""
     shape = dict(hidden_size=192, intermediate_size=332)
     model, real = pair("int8", **shape)[0], subprocess.run
     expected = decoded(model)
@@ -284,7 +284,7 @@ def test_without_a_compiler_model_py_writes_the_text(source, hf_directory, elsew
 
 
 def test_no_memory_is_read_for_an_invalid_token():
-    """decode.c trusts its arguments; one token too far would be a row beyond the embedding."""
+    """decode.c does not check its arguments: an id that is one too large would read past the embedding."""
     model, _ = pair("float32")
     decoder, cache = Decoder(model), KVCache(model.config, 1)
     for token, position in ((512, 0), (-1, 0), (5, -1)):
@@ -315,8 +315,8 @@ def test_it_is_compiled_once_even_by_several_processes(elsewhere):
 
 @pytest.mark.slow
 def test_no_sanitizer_complains(elsewhere, tmp_path):
-    """Reads and writes stay inside the tensors: a process runs under the address sanitizer, with sizes that are
-    multiples of nothing."""
+    """Reads and writes stay inside the tensors: decode.c runs under the address sanitizer, with sizes that are not
+    multiples of 16."""
     run = tmp_path / "run.py"
     run.write_text(
         "import subprocess, sys; sys.path[:0] = sys.argv[1:3]\n"

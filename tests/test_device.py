@@ -15,7 +15,7 @@ from conftest import ROOT
 
 @pytest.mark.parametrize("capability, expected", [((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
 def test_precision_goes_by_capability(capability, expected, monkeypatch):
-    """Older GPUs accept bf16 and emulate it, slowly; the capability does not lie."""
+    """Older GPUs accept bf16 but emulate it slowly, so the compute capability decides."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert pick_autocast("auto", "cuda")[0] == expected
     assert pick_autocast("auto", "mps")[0] == torch.float32
@@ -26,7 +26,7 @@ def test_precision_goes_by_capability(capability, expected, monkeypatch):
 
 @pytest.mark.parametrize("bf16, fp32, expected", [(2e11, 1e11, torch.bfloat16), (1e11, 2e11, torch.float32)])
 def test_bf16_on_a_cpu_must_be_faster_too(bf16, fp32, expected, monkeypatch):
-    """An Intel Xeon of family 6, model 207 has avx512_bf16, and its products take twice as long as those in fp32."""
+    """An Intel Xeon (family 6, model 207) has avx512_bf16, but its bf16 products take twice as long as fp32 ones."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(device, "bfloat16_speed", lambda: bf16 / fp32)
     assert pick_autocast("auto", "cpu")[0] == expected
@@ -41,7 +41,7 @@ def test_bf16_on_a_cpu_must_be_faster_too(bf16, fp32, expected, monkeypatch):
      ("NVIDIA Frobnicator 9", 0)],
 )  # fmt: skip
 def test_a_peak_is_that_of_the_very_device(name, tflops, monkeypatch):
-    """An L40 is no L4, an H100 on PCIe is a quarter slower, a slice of an A100 is not one; others get no number."""
+    """An L40 is not an L4, a PCIe H100 is a quarter slower, a MIG slice is not an A100; other GPUs get no peak."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
     assert peak_flops("cuda", torch.bfloat16)[0] == tflops * 1e12
     assert peak_flops("cuda", torch.bfloat16, 5)[0] == 5e12
@@ -49,7 +49,7 @@ def test_a_peak_is_that_of_the_very_device(name, tflops, monkeypatch):
 
 @pytest.mark.parametrize("name", ["meta", "xpu", "cuda:x", "cuda:99", "CPU", ""])
 def test_a_device_is_one_that_computes(name):
-    """On "meta" a model has no numbers; devices that torch has and this code was never run on are refused, too."""
+    """On "meta" a model has no values. Devices that torch supports but this code was never run on are refused, too."""
     with pytest.raises(UserError, match="--device="):
         pick_device(name)
     assert pick_device("cpu") == "cpu" and pick_device("auto") in ("cpu", "cuda", "mps")
@@ -57,7 +57,7 @@ def test_a_device_is_one_that_computes(name):
 
 @pytest.mark.parametrize("environment", [dict(RANK="one", WORLD_SIZE="2", LOCAL_RANK="0"), dict(RANK="0")])
 def test_an_environment_that_is_not_torchruns_is_refused(environment, monkeypatch):
-    """Two processes that both believe to be the first would write over each other's files."""
+    """Two processes that both act as rank 0 would overwrite each other's files."""
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(key, raising=False)
     assert join_processes("cpu") == (0, 1, "cpu")
@@ -79,7 +79,7 @@ def test_compile_auto_leaves_short_runs_alone(monkeypatch):
 
 @pytest.mark.parametrize("prepared", [True, False])
 def test_numbers_too_small_to_matter_are_zero(prepared):
-    """In all threads, since each is slow with them. Not prepared, they are not: the control."""
+    """In all threads, since denormals slow down each one. Negative control: without prepare_process() they are not."""
     code = (
         "import torch\nfrom lib import device\n"
         "torch.set_num_threads(2)\n"
@@ -100,7 +100,7 @@ def test_a_numbered_gpu_is_not_shared_by_processes(monkeypatch):
 
 
 def test_measuring_leaves_the_random_numbers_of_a_run_alone():
-    """The peak is measured between the seed and the first weights."""
+    """The peak is measured after seeding and before the weights are initialized."""
     before = torch.get_rng_state()
     assert peak_flops("cpu", torch.float32)[0] > 1e8 and device.bfloat16_speed() > 0
     assert torch.equal(torch.get_rng_state(), before)

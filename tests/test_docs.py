@@ -1,4 +1,4 @@
-"""README.md and docs/ tell the truth: tests/tools/run_docs.py runs them, and this file tests the tool and one page."""
+"""README.md and docs/ are correct: tests/tools/run_docs.py runs them; this file tests that tool and one page."""
 
 import importlib.util
 import subprocess
@@ -40,14 +40,14 @@ x is SHOWN
 
 
 def test_what_a_page_tells_the_reader_to_run():
-    """Comments, output and what a user types are no commands; `&&` joins two."""
+    """Comments, output and what a user types are not commands; `&&` separates two commands."""
     (_, text, _), *_ = run_docs.blocks(PAGE)
     assert run_docs.commands(text) == ["python chat.py --model=x", "python prepare.py", "python train.py"]
 
 
 @pytest.mark.parametrize("shown, good", [("1.5", True), ("1.51", True), ("1.6", False), ("1.5 m", False), ("2", False)])
 def test_output_that_differs_is_found(tmp_path, shown, good):
-    """Rounding to two percent is allowed, another number or another word is not."""
+    """A decimal number may be off by two percent; any other difference is an error."""
     assert (run_docs.run_python(PAGE.replace("SHOWN", shown), tmp_path) == "ran") == good
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py: which tokens are counted, with what before them, and what the command prints."""
+"""evaluate.py: which tokens count, with how much context, and what the command prints."""
 
 import math
 import re
@@ -28,11 +28,11 @@ def test_each_token_is_a_target_once(n, stride):
     rows, columns = (targets != -100).nonzero(as_tuple=True)
     for row, column in zip(rows, columns):
         assert targets[row, column] == inputs[row, column] + 1
-        assert row == 0 or column >= 8 - stride, "a later row has what the stride leaves before each target"
+        assert row == 0 or column >= 8 - stride, "in later rows the first 8 - stride tokens are only context"
 
 
 def test_few_rows_of_many():
-    """They are evenly spread from the first to the last, and no token counts twice."""
+    """They are evenly spaced from the first to the last, and no token counts twice."""
     inputs, targets = text_rows(np.arange(1000, 1100), 8, 8, limit=3)
     assert inputs[:, 0].tolist() == [1000, 1048, 1096] and (targets != -100).sum() == 8 + 8 + 3
 
@@ -58,7 +58,7 @@ def by_hand(model, ids, T, stride) -> float:
 
 
 def test_the_command_prints_both_figures(model, tmp_path):
-    """Bits per byte equal those computed by hand, in rows and sliding. The two differ, so they are not mixed up."""
+    """Bits per byte, in rows and sliding, equal those computed by hand. The two differ, so a mix-up would show."""
     shown = run_script("evaluate.py", "--model=m", "--text=t.txt", "--block_size=16", "--dtype=float32", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     rows, sliding = map(float, re.findall(r"([\d.]+) bits per byte", shown.stdout))
@@ -71,7 +71,7 @@ def test_the_command_prints_both_figures(model, tmp_path):
 
 
 def test_two_models_are_compared_side_by_side(model, tmp_path):
-    """Each with its own tokenizer, in the given order, with the difference."""
+    """Each model uses its own tokenizer; the figures come in the given order, with the difference."""
     save_hf_directory(tmp_path / "n", tiny_hf(seed=1))  # 512 tokens instead of 300
     flags = ["--text=t.txt", "--block_size=16", "--dtype=float32"]
     alone = [run_script("evaluate.py", f"--model={name}", *flags, cwd=tmp_path).stdout for name in ("m", "n")]

@@ -55,7 +55,7 @@ def edit_json(file, **changes):
 def differing(file, directory, outtype: str) -> list[str]:
     """Compare a GGUF file's tensors with transformers' weights and list the names of those that differ.
 
-    Written apart from lib/gguf_format.py: other names, and rows of q and k looked up one by one in ggml's order.
+    Written independently of lib/gguf_format.py: it has its own names, and looks up the rows of q and k one by one.
     """
     from transformers import AutoModelForCausalLM
 
@@ -69,7 +69,7 @@ def differing(file, directory, outtype: str) -> list[str]:
         if match := re.fullmatch(r"model\.layers\.(\d)\.(?:self_attn\.|mlp\.)?(\w+)\.weight", name):
             names[f"blk.{match[1]}.{parts[match[2]]}.weight"] = name
     tensors = gguf.GGUFReader(file).tensors
-    wrong = sorted({t.name for t in tensors} ^ set(names))  # a tied head is not there, and nothing else is left out
+    wrong = sorted({t.name for t in tensors} ^ set(names))  # a tied head is left out, and nothing else
     for t in tensors:
         values, kind = torch.tensor(gguf.dequantize(t.data, t.tensor_type)), t.tensor_type.name
         expected = weights[names[t.name]]
@@ -80,7 +80,7 @@ def differing(file, directory, outtype: str) -> list[str]:
             same = kind == "F32" and torch.equal(values, expected)
         elif outtype in DTYPES:
             same = kind == outtype.upper() and torch.equal(values, expected.to(DTYPES[outtype]).float())
-        else:  # half a step of its block and the rounding of the block's scale; exact values would be suspicious
+        else:  # off by half a step plus the rounding of the block's scale; exact values would be suspicious
             step = expected.reshape(-1, 32).abs().amax(1, keepdim=True) / 127
             same = kind == "Q8_0" and 0.3 < ((values - expected).reshape(-1, 32).abs() / step).max() < 0.57
         wrong += [] if same else [t.name]
@@ -156,7 +156,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_what_it_cannot_represent(directory, case):
-    """Each of these would load in llama.cpp or Ollama without an error and give other text. Nothing may be written."""
+    """Each of these would load in llama.cpp or Ollama without an error and give wrong text. No file may be written."""
     outtype, spoil, message = REFUSED[case]
     spoil(directory)
     with pytest.raises(UserError, match=message):
@@ -165,7 +165,7 @@ def test_refuses_what_it_cannot_represent(directory, case):
 
 
 def test_a_parameter_that_gguf_has_no_name_for_is_named(directory, monkeypatch):
-    """As after adding a norm of the queries to model.py. Negative control: without it a file is written."""
+    """For example, after a norm of the queries is added to model.py. Negative control: without it a file is written."""
     model, tokenizer = load(directory)
     monkeypatch.setattr(export_gguf, "load", lambda *_, **__: (model, tokenizer))
     model.layers[1].self_attn.q_norm = torch.nn.RMSNorm(16)
@@ -180,7 +180,7 @@ def test_a_parameter_that_gguf_has_no_name_for_is_named(directory, monkeypatch):
 
 
 def test_what_is_stopped_leaves_no_half_file(directory, monkeypatch):
-    """Ctrl-C while the file is written: the earlier file stays, and the temporary one goes."""
+    """After Ctrl-C while the file is written, the earlier file stays, and the temporary one is deleted."""
     file = export(directory, "f32")
     before = file.read_bytes()
 
@@ -196,7 +196,7 @@ def test_what_is_stopped_leaves_no_half_file(directory, monkeypatch):
 
 @pytest.mark.slow
 def test_two_exports_at_once_take_turns(directory, monkeypatch):
-    """Their temporary files have the same names: one would write into the other's, or rename it. Negative control:
+    """Their temporary files have the same name, so one would write to the other's, or rename it. Negative control:
     without the lock both write at once."""
     real, real_lock, writing = export_gguf.write_gguf, export_gguf.FileLock, []
 
@@ -217,7 +217,7 @@ def test_two_exports_at_once_take_turns(directory, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command(directory, monkeypatch, tmp_path):
-    """As a user runs it, to another folder, whose paths it prints; and mistakes end with a message."""
+    """Run it as a user would: it exports to another folder and prints the paths; mistakes end with a message."""
     done = run_script("export_gguf.py", f"--model={directory}", f"--out_dir={tmp_path / 'gguf'}")
     file = tmp_path / "gguf" / "tiny-q8_0.gguf"
     assert file.is_file() and str(file) in done.stdout and "ollama create" in done.stdout, done.stderr
@@ -275,7 +275,7 @@ def test_modelfile_of_a_chat_model(directory):
 
 @pytest.fixture
 def llama():
-    """The class that runs llama.cpp on a GGUF file."""
+    """Return the class that runs llama.cpp on a GGUF file."""
     return pytest.importorskip("llamacpp", reason="xllamacpp is not installed (requirements-dev.txt)").LlamaCpp
 
 
@@ -289,7 +289,7 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 def nats_apart(client, model, tokenizer) -> torch.Tensor:
-    """The difference of llama.cpp's log-probabilities from ours, for each token of a text but the first."""
+    """Return llama.cpp's log-probability minus ours, for each token of a text but the first."""
     ids = tokenizer.encode(PLAY.read_text(encoding="utf-8")[2000:]).ids[:50]
     with torch.no_grad():
         ours = model(torch.tensor([ids]))[0][0].log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -300,11 +300,11 @@ def nats_apart(client, model, tokenizer) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_llamacpp_writes_the_same_text(tmp_path, llama, monkeypatch, tied):
     """f32, greedy: the same tokens, and the same log-probabilities to 1e-4. Negative control: without the permutation
-    of q and k the file loads as well, but tokens and log-probabilities must differ."""
+    of q and k the file still loads, but tokens and log-probabilities must differ."""
     directory = save_hf_directory(tmp_path / "tiny", tiny_hf(**SHAPE, tie_word_embeddings=tied))
     model, tokenizer = load(directory)
     expected = next_tokens(model, tokenizer)
-    assert all(len(set(ids)) > 4 for ids in expected), "the model's text is too dull to tell models apart"
+    assert all(len(set(ids)) > 4 for ids in expected), "the model's text is too repetitive to tell models apart"
     client = llama(export(directory, "f32"))
     assert [client.greedy(ids, 24) for ids in prompts(tokenizer)] == expected
     assert nats_apart(client, model, tokenizer).abs().max() < 1e-4
@@ -316,8 +316,8 @@ def test_llamacpp_writes_the_same_text(tmp_path, llama, monkeypatch, tied):
 
 @pytest.mark.slow
 def test_llamacpp_runs_every_type(tmp_path, llama):
-    """What a user does: train, export, run. Each type loads, and the log-probabilities are ours up to its rounding,
-    which must be seen in the three types that round, and on average cost next to nothing."""
+    """Train, export and run, as a user does. Each type loads, and its log-probabilities are ours up to rounding, which
+    must show in the three types that round, and average out to almost nothing."""
     directory = copy_of_run(tmp_path / "run")
     model, tokenizer = load(directory)
     for outtype, (least, most) in dict(f32=(0, 1e-5), f16=(1e-5, 0.02), bf16=(1e-4, 0.1), q8_0=(1e-4, 0.1)).items():
@@ -340,7 +340,7 @@ def test_llamacpp_stops_at_the_models_end_token(tmp_path, llama):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["smollm", "gpt-2"])
 def test_llamacpp_tokenizes_alike(tmp_path, llama, monkeypatch, kind):
-    """Hard strings and this repository's own text, through llama.cpp and through tokenizers; and back to text.
+    """llama.cpp gives the ids of tokenizers for hard strings and this repository's files, and decodes them to the text.
     Negative control: with another name for the pre-tokenizer the ids must differ."""
     texts = [path.read_text(encoding="utf-8") for path in (*sorted(ROOT.glob("*.py")), PLAY)]
     chunks = [text[at : at + 700] for text in texts for at in range(0, len(text), 1500)] + HARD

@@ -2,7 +2,7 @@
 Forty steps of a tiny fp32 run, recorded: losses, learning rates and gradient norms stay the same.
 
 The run has an evaluation every ten steps, ragged micro-batches, noise on the inputs, and a stop by a real signal after
-step 17. tests/golden/log.json is the record. `python tests/tools/golden.py` compares to the last bit, which is possible
+step 17. tests/golden/log.json is the record. `python tests/tools/golden.py` compares to the last bit, which works only
 on one kind of processor.
 """
 
@@ -39,7 +39,7 @@ def write_tokenizer():
 
 
 def go(patch, *flags, stop: int = 0):
-    """Train to the end, or to the SIGINT that this process sends itself during step `stop`. Returns the log's numbers:
+    """Train to the end, or to the SIGINT that this process sends itself during step `stop`. Return the log's numbers:
     {"loss": {"1": 5.7, ...}, ...}, and the text of the samples."""
     write_tokenizer()
     clip, steps = torch.nn.utils.clip_grad_norm_, []
@@ -90,7 +90,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_the_golden_run(here):
-    """A change of the model, the optimizer, the data order, the schedule or the loop that moves a number shows here."""
+    """A change to the model, optimizer, data order, schedule or loop that changes a number shows here."""
     ours = stopped_and_resumed()
     assert furthest(ours) < 1e-5
     assert ours["sample"].keys() == GOLDEN["sample"].keys()
@@ -102,12 +102,12 @@ def test_the_golden_run(here):
     + [pytest.param(flag, marks=pytest.mark.slow) for flag in ("--token_noise=0", "--beta2=0.99", "--grad_clip=0.5")],
 )
 def test_the_comparison_can_fail(here, monkeypatch, flag):
-    """Negative control: another seed, no noise, or other settings of the optimizer are another run."""
+    """Negative control: another seed, no noise, or other settings of the optimizer give another run."""
     assert furthest(go(monkeypatch, flag)) > 1e-4
 
 
 def test_the_data_are_the_recorded_ones(here):
-    """The same ids in the same files; if this fails alone, look at prepare.py, not at train.py."""
+    """The files and their ids are the same. If only this test fails, look at prepare.py, not at train.py."""
     write_tokenizer()
     meta = prepare.prepare(prepare.Settings(**DATA))
     assert {key: meta[key] for key in GOLDEN["data"]} == GOLDEN["data"]

@@ -1,5 +1,5 @@
-"""CUDA graphs in training and generating: the same numbers as without. On a CPU with a stand-in for the graph, which
-shows that what surrounds it is right; on a machine with a CUDA GPU with the graph itself."""
+"""CUDA graphs in training and generation give the same numbers as without them. On a CPU a stand-in replaces the graph
+and tests the code around it; a machine with a CUDA GPU tests the graph itself, too."""
 
 import weakref
 from functools import partial
@@ -18,7 +18,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 
 class StandIn:
-    """Computes again, on its own copies of the inputs, what a graph would replay."""
+    """Recomputes, on its own copies of the inputs, what a graph would replay."""
 
     made = replays = 0
 
@@ -37,7 +37,7 @@ class StandIn:
 
 @pytest.fixture(params=["stand-in", CUDA])
 def device(request, monkeypatch):
-    """cpu or cuda; the GPU waits for Python, and models get a GpuDecoder."""
+    """Return cpu or cuda. launch_share() says that a replay is faster, and models get a GpuDecoder."""
     monkeypatch.setattr(graphs, "launch_share", lambda compute: compute() * 0 + 1)
     monkeypatch.setattr(FastSmolLM2, "make_decoder", lambda self, rows: GpuDecoder(self))
     monkeypatch.setattr(decode, "warned", set())
@@ -49,7 +49,7 @@ def device(request, monkeypatch):
 
 
 def near(device, a, b) -> bool:
-    """Compare to the last bit with the stand-in; a GPU may add in another order."""
+    """Compare to the last bit with the stand-in, and up to rounding on a GPU, which may add in another order."""
     return torch.equal(a, b) if device == "cpu" else torch.allclose(a, b, rtol=1e-4)
 
 
@@ -89,19 +89,19 @@ def train(device, record: bool, dropout: float = 0.0, zero: bool = True):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_replayed_run_is_the_same(device, dropout):
-    """Gradients start each step at zero, dropout differs from step to step, the rows are those of the step. Negative
-    control: gradients that are not set to zero."""
+    """Each step starts with zero gradients and has its own dropout mask and rows. Negative control: gradients that are
+    not set to zero."""
     plain, _ = train(device, False, dropout)
     replayed, said = train(device, True, dropout)
     assert "replay   on" in said[0] and near(device, plain, replayed), (plain - replayed).abs().max()
-    assert device == "cuda" or StandIn.replays == 9  # the steps, and a comparison
+    assert device == "cuda" or StandIn.replays == 9  # eight steps and one comparison
     assert not near(device, plain, train(device, True, dropout, zero=False)[0])
 
 
 @pytest.mark.parametrize("fault", ["memory", "an old driver", "gradients", "old rows", "a busy GPU"])
 def test_a_run_goes_on_without_a_replay(device, monkeypatch, fault):
-    """If memory is too small for it, its gradients are others (also only for rows that it was not recorded with), or
-    it would bring nothing, the run is the one without it."""
+    """If there is not enough memory or a new enough driver, if its gradients differ (perhaps only for rows that it was
+    not recorded with), or if it would save no time, the run is the same as without it."""
 
     class Faulty(graphs.Replay):
         def __init__(self, compute, *inputs):
@@ -130,7 +130,7 @@ def test_a_run_goes_on_without_a_replay(device, monkeypatch, fault):
 
 @pytest.mark.parametrize("rows, kind", [(1, "float32"), (3, "float32"), (1, "int8")])
 def test_recorded_logits_are_the_same(device, monkeypatch, rows, kind):
-    """Through caches that grow, under autocast too. Negative control: a position off."""
+    """Also when the cache grows and under autocast. Negative control: logits that are one position off."""
     monkeypatch.setattr(graphs, "ROOM", 64)
     model = speed_up(tiny(max_position_embeddings=256).to(device))
     if kind == "int8":
@@ -151,8 +151,8 @@ def test_recorded_logits_are_the_same(device, monkeypatch, rows, kind):
 
 
 def test_a_graph_is_recorded_once_per_shape(device):
-    """Not once per generate(). Past the context the cache is written from its beginning again. A second text at the
-    same time has keys and values of its own, and weights that have moved are recorded again."""
+    """Not once per generate(), also past the context, where the cache is filled again from its beginning. A second text
+    at the same time gets its own cache, and a graph is recorded again if the weights have moved in memory."""
     model, plain = speed_up(tiny().to(device)), {}
     text = partial(sample.generate, model, max_new_tokens=100, temperature=0, stop_ids=[])
     for prompt in ((5, 6, 7), (9, 8)):
@@ -171,7 +171,7 @@ def test_a_graph_is_recorded_once_per_shape(device):
 
 
 def test_a_conversation_keeps_its_cache(device):
-    """A cache that waits for the next question is not given to another text."""
+    """The cache of a conversation that waits for the next question is not given to another text."""
     model = speed_up(tiny().to(device))
     cache, ids = KVCache(model.config, 1, model.device), [5, 6, 7]
     for question in ([8, 9], [10, 11, 12]):
@@ -184,11 +184,11 @@ def test_a_conversation_keeps_its_cache(device):
         ids += expected
         list(sample.generate(model, [100, 200, 300], **options))  # another text in between
     del cache
-    assert all(r.borrower() is None for r in graphs.recordings[model][1]), "and is free at the end"
+    assert all(r.borrower() is None for r in graphs.recordings[model][1]), "the cache must be free at the end"
 
 
 def test_a_model_that_is_gone_takes_its_recordings_along(device):
-    """A graph and its cache take memory of the GPU."""
+    """A graph and its cache hold GPU memory, which must be freed with the model."""
     model = speed_up(tiny().to(device))
     list(sample.generate(model, [5, 6], 3))
     gone = weakref.ref(graphs.recordings[model][1][0])

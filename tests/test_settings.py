@@ -55,7 +55,7 @@ def test_compile_is_written_as_in_nanogpt_too(given, meant, tmp_path):
 
 
 def test_nanogpts_names_lead_to_ours(capsys):
-    """A setting of nanoGPT is answered with its name here, or with what does that job."""
+    """For a setting of nanoGPT the error gives its name here, or what replaces it."""
     for key, hint in (("wandb_log", "log.jsonl"), ("n_layer", "Did you mean num_hidden_layers?")):
         with pytest.raises(SystemExit):
             override([f"--{key}=1"], train.Settings)
@@ -63,7 +63,7 @@ def test_nanogpts_names_lead_to_ours(capsys):
 
 
 def test_later_wins_and_recipes_come_before_flags(tmp_path):
-    """Recipes apply in order, then the flags, wherever they are. Names with an underscore belong to the recipe."""
+    """Recipes apply in order, then the flags, wherever they are. Names that begin with _ are private to the recipe."""
     (tmp_path / "a.py").write_text("steps = 1\nrate = 2\n_x = 3\nimport math\n")
     (tmp_path / "b.py").write_text("steps = 2\n")
     s = take("--name=z", str(tmp_path / "a.py"), str(tmp_path / "b.py"))
@@ -72,7 +72,7 @@ def test_later_wins_and_recipes_come_before_flags(tmp_path):
 
 
 def test_parse_tells_where_a_setting_came_from(tmp_path):
-    """A resumed run treats a flag and a recipe differently; a value that equals the default was given, too."""
+    """A resumed run treats a flag and a recipe differently; a value that equals the default counts as given, too."""
     (tmp_path / "a.py").write_text("steps = 10\nrate = 2\n")
     (s,), given = parse([str(tmp_path / "a.py"), "--rate=3", "--way=up"], Settings)
     assert given == {"steps": "recipe", "rate": "flag", "way": "flag"} and s.rate == 3.0
@@ -96,7 +96,7 @@ def test_a_wrong_setting_exits_2_and_says_why(argument, message, capsys):
 
 
 def test_values_given_in_python_are_held_to_the_same_ranges():
-    """check() is for the arguments of functions: one UserError with all problems, or nothing."""
+    """check() is for arguments of functions: it raises one UserError with all problems, or does nothing."""
     check(Settings, rows=1, top=None, rate=3)
     with pytest.raises(UserError) as refused:
         check(Settings, rows=0, top=float("nan"), way="left", steps=True, rate="0.5")
@@ -111,7 +111,7 @@ def guarded(body: str, **kw) -> subprocess.CompletedProcess:
 
 
 def test_what_ends_a_script_is_one_line_and_its_exit_code(tmp_path):
-    """1 for a user's mistake or a full disk, 130 for Ctrl-C, 143 for SIGTERM, after the clean-up; never a traceback."""
+    """Exit code 1 for a mistake or a full disk, 130 for Ctrl-C, 143 for SIGTERM, after cleaning up; no traceback."""
     done = guarded("raise UserError('bad ' + chr(0xdcff))")
     assert done.returncode == 1 and done.stderr == "-c: bad \\udcff\n" and "line 199999" in done.stdout
     for number, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)):

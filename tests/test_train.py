@@ -43,7 +43,7 @@ SMALL = (
     "--micro_batch_size=8 --max_iters=12 --eval_interval=4 --eval_rows=20 --log_interval=1 --warmup_iters=2 "
     "--learning_rate=1e-2 --dtype=float32 --compile=off --peak_tflops=1"
 ).split()
-OF_TINY_HF = "--hidden_size=48", "--intermediate_size=80", "--num_attention_heads=6"  # the shape of that model
+OF_TINY_HF = "--hidden_size=48", "--intermediate_size=80", "--num_attention_heads=6"  # the shape of tiny_hf()
 TUNED = "--init_from=base", "--dataset=own", *OF_TINY_HF  # fine-tunes the model in base/
 
 
@@ -62,7 +62,7 @@ def inside(folder):
 
 @pytest.fixture
 def here(tmp_path):
-    """An empty folder with a text in it; the first run makes the data set."""
+    """Work in a folder that holds only a text; the first run makes the data set."""
     with inside(tmp_path):
         yield tmp_path
 
@@ -80,7 +80,7 @@ def go(monkeypatch, *flags, recipe=SMALL) -> int:
 
 
 def resume(monkeypatch, run="out/t", *flags) -> int:
-    """Resume a run by nothing but its folder, and these flags."""
+    """Resume a run from its folder alone, with these flags."""
     return go(monkeypatch, f"--out_dir={run}", *flags, recipe=())
 
 
@@ -201,7 +201,7 @@ def test_the_comparison_above_can_fail(here, monkeypatch):
 @slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++"))), reason="torch.compile needs a C++ compiler")
 def test_compiled_and_eager_train_alike(here, monkeypatch):
-    """Blocks are compiled in place: the same names, the same losses up to rounding, the same numbers dropped. A
+    """Blocks are compiled in place: the same names, the same losses up to rounding, the same dropout masks. A
     compiled run that is stopped and resumed is the same to the last bit."""
     flags = "--max_iters=4", "--dropout=0.3"
     go(monkeypatch, *flags)
@@ -222,8 +222,8 @@ def test_evaluating_and_sampling_leave_training_alone(here, monkeypatch):
 
 
 def test_dropout_acts_in_training_alone(here, monkeypatch):
-    """The model that is saved drops nothing, and its loss is the one that was logged. Negative control: without dropout
-    the training losses are others."""
+    """The saved model has no dropout, and its loss is the one that was logged. Negative control: without dropout the
+    training losses differ."""
     go(monkeypatch, "--dropout=0.25", "--max_iters=4")
     model, _ = checkpoint.load("out/t")
     assert model.train().layers[0].dropout == 0.0
@@ -234,9 +234,9 @@ def test_dropout_acts_in_training_alone(here, monkeypatch):
 
 
 def test_killed_between_the_model_and_its_state_the_log_says_the_same(here, monkeypatch):
-    """The model of step 8 is written before its state: a kill in between repeats step 8, and it is the best again; the
-    log has no line twice, and not the half that a kill may leave. The first state is written before the first model, or
-    a run could neither resume nor begin again."""
+    """The model of step 8 is written before its state. After a kill in between, a resume repeats step 8, which is the
+    best again; the log has no line twice, and no line that is cut short. The first state is written before the first
+    model; otherwise a run could neither resume nor start over."""
     real, real_model = checkpoint.save_state, checkpoint.save_pretrained
 
     def killed(path, *rest):
@@ -263,8 +263,8 @@ def test_killed_between_the_model_and_its_state_the_log_says_the_same(here, monk
 
 @slow
 def test_a_signal_in_the_last_step_or_an_evaluation_is_a_stop(here, monkeypatch):
-    """`train.py first && train.py second` must not begin the second without the first one's last evaluation. The first
-    one of fine-tuning, at step 0, is made up for as well."""
+    """`train.py first && train.py second` must not start the second run before the last evaluation of the first. A
+    resume also makes up for the evaluation at step 0 of fine-tuning."""
     go_until(monkeypatch, 12)
     assert step_of() == 12 and 12 not in log(key="val_loss")
     resume(monkeypatch)
@@ -308,7 +308,7 @@ FIELDS = [field.name for field in dataclasses.fields(train.Settings)]
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A folder with a run that was stopped at step 4, out/t, and what becomes of it without a change, out/whole."""
+    """Make a folder with out/t, a run that was stopped at step 4, and out/whole, its copy, resumed without a change."""
     with inside(tmp_path_factory.mktemp("stopped")) as folder, pytest.MonkeyPatch.context() as patch:
         go_until(patch, 4, *VARIED)
         shutil.copytree("out/t", "out/whole")
@@ -318,7 +318,7 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture
 def again(stopped, tmp_path):
-    """A copy of it to work in."""
+    """Work in a copy of that folder."""
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     with inside(tmp_path):
         yield tmp_path
@@ -327,8 +327,8 @@ def again(stopped, tmp_path):
 @slow
 @pytest.mark.parametrize("key", CHANGED)
 def test_a_flag_that_changes_a_setting_takes_effect(again, monkeypatch, capsys, key):
-    """It is printed, stored, logged, and shows in the numbers after step 4, never before. A setting that is accepted
-    and does nothing is a lie."""
+    """The change is printed, stored and logged, and affects the numbers after step 4, never before. No setting may be
+    accepted and then ignored."""
     then, now = state()["settings"][key], CHANGED[key]
     if key == "patience":
         monkeypatch.setattr(train, "evaluate", lambda *_, **__: 9.0)  # never better than at step 4
@@ -350,7 +350,7 @@ def test_a_flag_that_changes_a_setting_takes_effect(again, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("key", [key for key in FIELDS if key not in CHANGED and key != "out_dir"])
 def test_a_flag_that_changes_a_fixed_setting_is_refused(again, monkeypatch, key):
-    """It is named, with the way to continue, and no byte of the run changes."""
+    """The error names it and says how to continue, and no byte of the run changes."""
     other = dict(optimizer="muon", init_from="elsewhere", tie_word_embeddings="false").get(key, 64)
     before = files_of("out/t")
     with pytest.raises(UserError, match=f"{key} was .*python train.py --out_dir=out/t"):
@@ -360,8 +360,8 @@ def test_a_flag_that_changes_a_fixed_setting_is_refused(again, monkeypatch, key)
 
 @slow
 def test_a_changed_recipe_is_followed_reported_or_refused(again, monkeypatch, capsys):
-    """The recipe changes under a run: settings that change no number follow it, the others keep the run's values and
-    say which flag changes them, so the numbers stay the same; fixed ones are refused."""
+    """When the recipe of a run changes, settings that change no number follow it. The others keep the run's values, so
+    the numbers stay the same, and the output says which flag changes them. Fixed settings are refused."""
     recipe, before = Path("recipe.py"), files_of("out/t")
     recipe.write_text('learning_rate = 0.5\nweight_decay = 9\nlog_interval = 2\ninput = "other.txt"\nmax_iters = 8\n')
     go(monkeypatch, "--out_dir=out/t", recipe=["recipe.py"])
@@ -381,8 +381,8 @@ def test_a_changed_recipe_is_followed_reported_or_refused(again, monkeypatch, ca
 
 @slow
 def test_folders_may_be_renamed(again, monkeypatch):
-    """The run's folder and the data set's: the run continues as if they had been called that from the start. Data with
-    other contents are refused under any name. Deleted data are made again."""
+    """After the run's folder and the data set's are renamed, the run continues as if they had always had these names.
+    Data with other contents are refused under any name. Deleted data are made again."""
     os.rename("out/t", "out/renamed")
     os.rename("data/t", "data/moved")
     with monkeypatch.context() as patch:
@@ -400,8 +400,8 @@ def test_folders_may_be_renamed(again, monkeypatch):
 
 
 def test_a_measured_dtype_is_measured_once(here, monkeypatch, capsys):
-    """A busy moment can turn the measurement: a run continues with what it began with. Negative control: a new run
-    takes the other dtype."""
+    """A busy machine can change the result of the measurement, so a run keeps the dtype that it began with. Negative
+    control: a new run takes the other dtype."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(train.machine, "bfloat16_speed", lambda: 2.0)
     go_until(monkeypatch, 3, "--dtype=auto", "--max_iters=6")
@@ -417,7 +417,7 @@ def test_a_measured_dtype_is_measured_once(here, monkeypatch, capsys):
 
 
 def test_the_choice_to_compile_is_made_once(here, monkeypatch):
-    """The same for torch.compile, which changes the rounding, either way."""
+    """A run keeps its choice of torch.compile, on or off, because compiling changes the rounding."""
     compiled, choice = [], {"now": True}
     monkeypatch.setattr(train.machine, "compile_for_training", lambda model: compiled.append(True))
     monkeypatch.setattr(train.machine, "check_compiled", lambda *_: None)
@@ -431,8 +431,8 @@ def test_the_choice_to_compile_is_made_once(here, monkeypatch):
 
 
 def test_more_steps_continue_at_the_end_of_the_schedule(here, monkeypatch):
-    """The schedule keeps the end that it was given; a finished run changes nothing when it is started again; fewer
-    steps than are done are refused."""
+    """The schedule keeps its original end. Starting a finished run again changes nothing. Fewer steps than it has done
+    are refused."""
     go(monkeypatch, "--max_iters=6")
     before = state()
     resume(monkeypatch)
@@ -446,8 +446,8 @@ def test_more_steps_continue_at_the_end_of_the_schedule(here, monkeypatch):
 
 
 def test_a_setting_that_a_finished_run_is_given_is_kept(here, monkeypatch):
-    """No step is left that would save it, and a resume without the flag must have it. Negative control: without a
-    change, no byte of the run changes."""
+    """No step is left that would save the setting, but a resume without the flag must have it. Negative control:
+    without a change, no byte of the run changes."""
     go(monkeypatch, "--max_iters=2")
     before = files_of("out/t")
     resume(monkeypatch)
@@ -458,7 +458,7 @@ def test_a_setting_that_a_finished_run_is_given_is_kept(here, monkeypatch):
 
 
 def test_a_block_size_beyond_the_context_is_refused_on_a_resume(here, monkeypatch):
-    """In one line, and no byte of the run changes. Negative control: rows as long as the context are accepted."""
+    """The error is one line, and no byte of the run changes. Negative control: rows as long as the context."""
     go(monkeypatch, "--max_iters=1", "--max_position_embeddings=64")
     before = files_of("out/t")
     with pytest.raises(UserError, match="^--block_size=65 is longer than the model's context of 64 positions.$"):
@@ -470,8 +470,8 @@ def test_a_block_size_beyond_the_context_is_refused_on_a_resume(here, monkeypatc
 
 @pytest.mark.parametrize("flag, starts_over", [("--eval_rows=3", True), ("--weight_decay=0.2", False)])
 def test_other_validation_rows_start_the_best_over(here, monkeypatch, flag, starts_over):
-    """Losses over other rows cannot be compared: the next model is kept, though its number is larger, and though the
-    run was stopped before it got there."""
+    """Losses over different rows cannot be compared, so the next evaluated model is kept although its loss is larger,
+    even if the run is stopped before that evaluation."""
     go(monkeypatch, "--max_iters=4", "--lr_decay_iters=12")
     changed = state()
     changed["progress"]["best_val_loss"] = 0.1  # no later loss is better
@@ -488,8 +488,8 @@ def test_other_validation_rows_start_the_best_over(here, monkeypatch, flag, star
 
 @slow
 def test_max_epochs_shortens_the_run_once(here, monkeypatch):
-    """A recipe made for a megabyte would read a page hundreds of times: the whole schedule is shortened, with warmup
-    and intervals, and a resume repeats that. A flag changes the limit in the middle; the schedule stays as begun."""
+    """A recipe made for a megabyte would train for hundreds of epochs on a page. The whole schedule is shortened, with
+    warmup and intervals, also in a resume. A flag may change the limit later; the schedule stays the same."""
     recipe = "--max_iters=1000 --max_epochs=1 --eval_interval=500 --warmup_iters=50 --sample_interval=400".split()
     go(monkeypatch, *recipe)
     rates, steps = log(key="lr"), math.ceil(prepare.read_meta("t")["train_tokens"] // 32 / 8)
@@ -504,7 +504,7 @@ def test_max_epochs_shortens_the_run_once(here, monkeypatch):
 
 
 def test_the_printed_command_prolongs_what_max_epochs_ended(here, monkeypatch, capsys):
-    """Also a run that evaluates at its end alone: shortened, it gets no other evaluations."""
+    """Also if a run evaluates only at its end: when shortened, it gets no other evaluations."""
     ends = ["--max_iters=1000", "--eval_interval=1000", "--sample_interval=2000", "--log_interval=2000"]
     go(monkeypatch, *ends, "--max_epochs=0.5")
     steps = step_of()
@@ -516,8 +516,8 @@ def test_the_printed_command_prolongs_what_max_epochs_ended(here, monkeypatch, c
 @slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_wsd_can_be_prolonged_from_the_start_of_its_decay(here, monkeypatch, optimizer):
-    """Copy the folder, rename stable.pt to state.pt in the copy, and give it more steps: to the last bit that is the
-    run that was planned longer. Negative control: from state.pt, which has decayed, it is another run."""
+    """Copy the folder, rename stable.pt to state.pt in the copy, and give it more steps: the result equals a run that
+    was planned longer, to the last bit. Negative control: from state.pt, which has decayed, it is another run."""
     wsd = ["--lr_schedule=wsd", "--decay_fraction=0.5", "--global_batch_size=4", f"--optimizer={optimizer}"]
     wsd += ["--token_noise=0.2", "--noise_until=0.8"]  # noise to step 10 of 12, or to step 16 of 20
     go(monkeypatch, *wsd)
@@ -536,8 +536,8 @@ def test_wsd_can_be_prolonged_from_the_start_of_its_decay(here, monkeypatch, opt
 
 
 def test_a_data_set_belongs_to_its_name(here, monkeypatch, capsys):
-    """What prepare.py made is used as it is: without its flags, and with a recipe for another text, tokenizer and
-    vocabulary. Negative control: each flag that asks for another is refused, and what is advised overwrites nothing."""
+    """A data set of prepare.py is used as it is, without its flags or with a recipe for another text, tokenizer and
+    vocabulary. Negative control: each flag that asks for another is refused, and the advice overwrites nothing."""
     small = [flag for flag in SMALL if not flag.startswith(("--input", "--dataset", "--vocab_size"))]
     small += ["--dataset=notes", "--max_iters=1"]
     prepare.prepare(prepare.Settings(input="t.txt", dataset="notes", vocab_size=320))
@@ -555,8 +555,8 @@ def test_a_data_set_belongs_to_its_name(here, monkeypatch, capsys):
 
 
 def test_scratch_starts_over_and_resume_insists(here, monkeypatch):
-    """A start that fails leaves the old run as it was. A start that is killed leaves no old weights in a new shape, and
-    initial weights at most: they are nobody's work, so the run is begun again."""
+    """A start that fails leaves the old run as it was. A start that is killed leaves no old weights beside a new
+    config, and at most initial weights, which the next start overwrites."""
     with pytest.raises(UserError, match="nothing to resume"):
         go(monkeypatch, "--init_from=resume")
     go(monkeypatch, "--max_iters=4")
@@ -581,7 +581,7 @@ def test_scratch_starts_over_and_resume_insists(here, monkeypatch):
 
 
 def test_a_folder_alone_resumes_and_never_begins(here, monkeypatch):
-    """`train.py --out_dir=out/RUN` with a mistyped name, or of a run that was killed before it saved, must not train
+    """`train.py --out_dir=out/RUN` with a mistyped name, or for a run that was killed before it saved, must not train
     the default model there for hours."""
     with pytest.raises(UserError, match="nothing to resume"):
         resume(monkeypatch, "out/typo")
@@ -596,7 +596,7 @@ def test_a_folder_alone_resumes_and_never_begins(here, monkeypatch):
 
 
 def test_scratch_does_not_replace_a_fine_tuned_run(here, monkeypatch):
-    """Who wants to fine-tune once more would get random weights, and lose the run."""
+    """Someone who wants to fine-tune again would get random weights and lose the run."""
     save_hf_directory(here / "base")
     go(monkeypatch, *TUNED, "--max_iters=1")
     before = files_of("out/t")
@@ -606,8 +606,8 @@ def test_scratch_does_not_replace_a_fine_tuned_run(here, monkeypatch):
 
 
 def test_a_run_that_another_process_saves_meanwhile_is_not_replaced(here, monkeypatch):
-    """A requeued job starts while the one before it saves for the first time: it sees no state.pt, and has to look
-    again once it holds the folder's lock."""
+    """A requeued job starts while the previous one saves for the first time: it sees no state.pt, and must look again
+    once it holds the folder's lock."""
     go(monkeypatch, "--max_iters=4")
     os.rename("out/t/state.pt", "state.pt")
     os.remove("out/t/model.safetensors")
@@ -624,8 +624,8 @@ def test_a_run_that_another_process_saves_meanwhile_is_not_replaced(here, monkey
 
 @slow
 def test_scratch_leaves_no_chat_template_behind(here, monkeypatch):
-    """With the template of a chat model that was here, chat.py would take a model that continues text for one that
-    answers. Negative control: the chat model has one."""
+    """With the template of an earlier chat model in the folder, chat.py would take a base model for a chat model.
+    Negative control: the chat model has one."""
     write_chats()
     go(monkeypatch, "--dataset=c", "--input=chats.jsonl", "--block_size=64", "--max_iters=1")
     assert Path("out/t/chat_template.jinja").is_file()
@@ -654,8 +654,8 @@ class Evil:
 
 
 def test_a_state_that_is_damaged_or_evil_is_refused(here, monkeypatch):
-    """Cut short, one bit flipped, a pickle that would run code, weights that are not finite or of another shape: named,
-    and nothing has run or changed."""
+    """Cut short, one bit flipped, a pickle that would run code, weights that are not finite or of another shape: the
+    error names the file, no code runs, and nothing changes."""
     go(monkeypatch, "--max_iters=4")
     before = files_of("out/t")
     good = before["state.pt"]
@@ -680,13 +680,13 @@ def test_a_state_that_is_damaged_or_evil_is_refused(here, monkeypatch):
 
 
 def scripted(monkeypatch, losses: list[float]):
-    """Let the evaluations give these losses, then nothing better."""
+    """Make the evaluations return these losses, then only worse ones."""
     left = iter(losses)
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: next(left, 9.0))
 
 
 def test_the_model_kept_is_the_best_and_overfitting_is_named(here, monkeypatch, capsys):
-    """The folder holds the lowest validation loss, not the last; patience ends the run, and also when it is resumed."""
+    """The folder holds the model with the lowest validation loss, not the last; patience also ends a resumed run."""
     flags = ["--max_iters=400", "--eval_interval=2", "--patience=4"]
     scripted(monkeypatch, [3.0, 2.5, 2.7, 2.6, 2.8, 2.9])
     go(monkeypatch, *flags)
@@ -702,7 +702,7 @@ def test_the_model_kept_is_the_best_and_overfitting_is_named(here, monkeypatch, 
 
 @contextlib.contextmanager
 def full_disk(size=200_000):
-    """Let no file be larger than this: enough for the model of these tests, and too little for its state."""
+    """Limit the size of a file: enough for the model of these tests, too little for its state."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -712,8 +712,8 @@ def full_disk(size=200_000):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(here, monkeypatch, capsys):
-    """Saving fails half way: training goes on to its end, the last checkpoint stays whole, and since the last step
-    could not be saved, the run ends with an error. With room again it continues."""
+    """When saving fails half way, training goes on to its end and the last checkpoint stays intact; since the last step
+    could not be saved, the run ends with an error. Once there is room, it continues."""
     go(monkeypatch, "--max_iters=4", "--lr_decay_iters=12")
     before = file_sha256("out/t/state.pt")
     with full_disk(), pytest.raises(UserError, match="step 12 could not be saved"):
@@ -772,7 +772,7 @@ def test_kill_9_loses_at_most_an_interval_and_never_the_model(here, monkeypatch)
 @slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_saves_and_has_its_exit_code(here, name):
-    """With SIGHUP the terminal is lost: nobody is left to read what is printed."""
+    """After SIGHUP the terminal is gone, so nothing reads the output."""
     run, number = start("--max_iters=100000"), getattr(signal, name)
     wait_for(run, "| loss")
     if name == "SIGHUP":
@@ -785,7 +785,7 @@ def test_a_signal_saves_and_has_its_exit_code(here, name):
 
 @slow
 def test_a_second_signal_quits_at_once(here):
-    """Without waiting for the step, which takes seconds here, and without saving."""
+    """It does not wait for the step, which takes seconds here, and does not save."""
     run = start("--global_batch_size=4000", "--eval_interval=100")
     wait_for(run, "| loss")
     run.send_signal(signal.SIGTERM)
@@ -807,8 +807,8 @@ def test_losing_stdout_does_not_end_a_run(here, lost):
 
 @slow
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(here):
-    """The lock is the operating system's: kill -9 cannot leave it behind. The first run was started with nohup, and
-    SIGHUP does not stop it."""
+    """The operating system holds the lock, so kill -9 releases it. The first run ignores SIGHUP, as with nohup, and is
+    not stopped by it."""
     first = start("--max_iters=100000", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     wait_for(first, "| loss")
     second = start()
@@ -824,7 +824,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(here):
 
 
 def test_micro_batches_do_not_matter(here, monkeypatch):
-    """Losses and gradients are equal up to rounding, also if 8 = 3 + 3 + 2. Negative control: a row less."""
+    """Losses and gradients are equal up to rounding, also for 8 = 3 + 3 + 2. Negative control: one row less."""
     for micro in (8, 3, 1):
         go(monkeypatch, f"--micro_batch_size={micro}", f"--out_dir=out/{micro}", "--max_iters=4")
         assert all(
@@ -838,7 +838,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def torchrun(*flags, before="", timeout=240) -> subprocess.CompletedProcess:
-    """Run train.py on two processes, after a few lines of Python."""
+    """Run train.py in two processes, after the Python lines in `before`."""
     Path("driver.py").write_text(
         f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r}); import train\n"
         f"import torch.distributed as dist\nrank = int(os.environ['RANK'])\n{before}\ntrain.run_main(train.main)\n"
@@ -850,7 +850,7 @@ def torchrun(*flags, before="", timeout=240) -> subprocess.CompletedProcess:
 @slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_processes_do_not_matter(here, monkeypatch, optimizer):
-    """One process, or begun on two and ended on one: the same losses and weights up to rounding, the same names."""
+    """One process, or first two and then one: the same losses and weights up to rounding, the same names."""
     flags = f"--optimizer={optimizer}", "--lr_decay_iters=12"
     go(monkeypatch, *flags)
     done = torchrun("--out_dir=out/two", "--micro_batch_size=3", "--max_iters=8", *flags)
@@ -863,7 +863,7 @@ def test_processes_do_not_matter(here, monkeypatch, optimizer):
 
 @slow
 def test_ctrl_c_stops_all_processes_saved(here, monkeypatch):
-    """The signal goes to torchrun itself, as from a terminal or a scheduler; it tells its processes and waits."""
+    """The signal goes to torchrun itself, as from a terminal or a scheduler; it passes the signal on and waits."""
     run = subprocess.Popen(
         [*LAUNCH, str(ROOT / "train.py"), *SMALL, "--max_iters=100000"], stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
@@ -880,8 +880,8 @@ def test_ctrl_c_stops_all_processes_saved(here, monkeypatch):
 @slow
 @pytest.mark.parametrize("exchange, step", [(2, 3), (3, 9)], ids=["step", "evaluation"])
 def test_a_signal_between_two_exchanges_stops_both_processes(here, exchange, step):
-    """Right after the processes have agreed to go on, one of them alone gets a signal: it must not leave, since the
-    other will wait for it. Both stop at the next exchange, saved. A step exchanges two numbers, an evaluation three."""
+    """One of the processes gets a signal right after they have agreed to go on. It must not exit, since the other would
+    wait for it: both save and stop at the next exchange. A step exchanges two numbers, an evaluation three."""
     signalled = (
         "real = dist.all_reduce; calls = []\n"
         f"def then_a_signal(t):\n    real(t); calls.append(1) if t.numel() == {exchange} else None\n"
@@ -895,7 +895,7 @@ def test_a_signal_between_two_exchanges_stops_both_processes(here, exchange, ste
 
 @slow
 def test_processes_that_see_different_files_are_told(here, monkeypatch):
-    """On machines without a common disk one would resume and the other begin, and their gradients be averaged."""
+    """Without a shared disk one process would resume and another start a new run, and they would average gradients."""
     go(monkeypatch, "--max_iters=4")
     before = files_of("out/t")
     done = torchrun("--max_iters=8", before="if rank == 1: sys.argv.append('--out_dir=out/other')")
@@ -905,7 +905,7 @@ def test_processes_that_see_different_files_are_told(here, monkeypatch):
 
 @slow
 def test_two_processes_agree_that_nothing_was_saved(here):
-    """The first alone writes, and finds no room for a state: both end with the same line, and neither waits."""
+    """Only the first writes, and it has no room for a state: both end with the same line, and neither waits."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     done = torchrun("--max_iters=4", before=limit)
     assert done.returncode != 0 and "could not be written" in done.stdout, done.stderr[-2000:]
@@ -914,7 +914,7 @@ def test_two_processes_agree_that_nothing_was_saved(here):
 
 @slow
 def test_processes_join_after_the_preparation(here):
-    """Preparing data may take longer than processes wait for each other."""
+    """Preparing data may take longer than the timeout of the process group."""
     before = (
         "import datetime\nprepare, init = train.prepare.prepare, dist.init_process_group\n"
         "def slow(*a, **kw):\n    time.sleep(8); return prepare(*a, **kw)\ntrain.prepare.prepare = slow\n"
@@ -940,8 +940,8 @@ def poison(monkeypatch, steps):
 
 
 def test_a_bad_step_is_skipped_and_five_in_a_row_end_the_run(here, monkeypatch):
-    """The rows of a bad step are left out and it is counted; four in a row are not yet five. The checkpoint before the
-    five stays."""
+    """A bad step is skipped and counted. Four in a row do not end the run; five do, and the checkpoint before them
+    stays."""
     poison(monkeypatch, {3, *range(5, 9)})
     go(monkeypatch, "--out_dir=out/four")
     assert state("out/four")["progress"]["skipped"] == 5 and step_of("out/four") == 12
@@ -955,8 +955,8 @@ def test_a_bad_step_is_skipped_and_five_in_a_row_end_the_run(here, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=slow)])
 @pytest.mark.parametrize("ends_by", ["evaluation", "signal", "five bad steps", "the end", "stable"])
 def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, dtype, ends_by):
-    """A learning rate of 1e39 after four good steps: whichever comes first, the last good state stays as it is, byte by
-    byte, and a lower rate continues from it."""
+    """A learning rate of 1e39 after four good steps: whatever would save first, the last good state stays as it is,
+    byte by byte, and a run with a lower rate continues from it."""
     flags = f"--dtype={dtype}", "--max_iters=30", "--grad_clip=0", "--eval_interval=100"
     go_until(monkeypatch, 4, *flags)
     before = {name: content for name, content in files_of("out/t").items() if name != "log.jsonl"}
@@ -977,7 +977,7 @@ def test_weights_that_are_not_finite_are_never_saved(here, monkeypatch, dtype, e
 @slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_trains_like_float32(here, monkeypatch, optimizer):
-    """Losses and gradient norms of the first steps, with the loss scaler. A state of either continues as the other."""
+    """Losses and gradient norms agree, with the loss scaler. A run can switch between the two in a resume."""
     flags = f"--optimizer={optimizer}", "--max_iters=8", "--lr_decay_iters=12"
     for run, dtype, other in (("half", "float16", "float32"), ("exact", "float32", "float16")):
         go(monkeypatch, f"--dtype={dtype}", *flags, f"--out_dir=out/{run}")
@@ -1002,8 +1002,8 @@ def little_memory(monkeypatch, rows: int, beside_gradients=False):
 
 @pytest.mark.parametrize("beside_gradients", [False, True])
 def test_out_of_memory_halves_the_micro_batch_before_the_first_step(here, monkeypatch, capsys, beside_gradients):
-    """The rows of a step stay the same, so the losses do up to rounding. With several micro-batches memory ends beside
-    the gradients of the first."""
+    """The rows of a step stay the same, and so do the losses, up to rounding. With several micro-batches, memory may
+    run out only when there are gradients from the first."""
     go(monkeypatch, "--max_iters=4")
     with monkeypatch.context() as patch:
         little_memory(patch, 2, beside_gradients)
@@ -1018,9 +1018,9 @@ def test_out_of_memory_halves_the_micro_batch_before_the_first_step(here, monkey
 
 @slow
 @pytest.mark.parametrize("broken", ["fails", "computes other gradients"])
-def test_a_compiler_that_is_broken_is_gone_without(here, monkeypatch, capsys, broken):
-    """It is tried before step 1, also when fine-tuning evaluates before it. auto continues uncompiled, with the numbers
-    of a run without; on ends with an error."""
+def test_a_run_does_without_a_broken_compiler(here, monkeypatch, capsys, broken):
+    """The compiler is tried before step 1, also when fine-tuning evaluates first. With auto the run continues
+    uncompiled, with the numbers of an uncompiled run; with on it ends in an error."""
 
     def backend(graph, inputs):
         assert broken != "fails", "no C++ compiler"
@@ -1047,7 +1047,7 @@ def test_a_compiler_that_is_broken_is_gone_without(here, monkeypatch, capsys, br
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(here, monkeypatch):
-    """A model that knows nothing gives every vocabulary log2(V) bits a token; per byte that is what must be logged."""
+    """A model that knows nothing needs log2(V) bits per token; the log must show that figure per byte."""
     monkeypatch.setattr(train, "evaluate", lambda model, *_, **__: math.log(model.config.vocab_size))
     for vocab in (300, 400):
         go(monkeypatch, f"--vocab_size={vocab}", f"--dataset=v{vocab}", f"--out_dir=out/v{vocab}", "--max_iters=4")
@@ -1094,7 +1094,7 @@ def test_fine_tuning_starts_where_transformers_is_and_gets_better(here, monkeypa
 
 @slow
 def test_a_fine_tuned_run_resumes_however_its_source_is_spelled(here, monkeypatch):
-    """Or without naming it, or when it has gone. Another source is refused."""
+    """Also if the source is not named, or is gone. Another source is refused."""
     save_hf_directory(here / "base")
     for i, source in enumerate(["--init_from=base", "--init_from=./base/", "--init_from=resume", "--seed=1337"], 1):
         go(monkeypatch, *TUNED[1:], source, f"--max_iters={i}")
@@ -1109,7 +1109,7 @@ def test_a_fine_tuned_run_resumes_however_its_source_is_spelled(here, monkeypatc
 @slow
 def test_fine_tuning_keeps_the_models_shape_and_tokenizer(here, monkeypatch):
     """Flags for another shape are refused, those for its own are not. Data of another tokenizer are refused: the ids
-    would mean other words. Data of the same tokenizer are taken, whatever they were made for."""
+    would mean other words. Data of the same tokenizer are accepted, whichever run they were made for."""
     save_hf_directory(here / "base")
     with pytest.raises(UserError, match="nothing"):
         go(monkeypatch, "--init_from=./nothing")
@@ -1151,7 +1151,7 @@ def in_a_terminal(folder, *flags) -> str:
     process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # Linux ends a terminal that all have left with an error
+    with contextlib.suppress(OSError):  # on Linux reading fails once the other end is closed
         while piece := os.read(ours, 65536):
             shown += piece
     os.close(ours)
@@ -1161,8 +1161,8 @@ def in_a_terminal(folder, *flags) -> str:
 
 @slow
 def test_a_terminal_shows_one_progress_line_and_a_pipe_none(here):
-    """In a terminal one line is drawn again and again below whole lines; it is erased at the end, where the commands
-    to go on with stand. A pipe or a file gets the whole lines alone."""
+    """In a terminal one progress line is redrawn below the finished lines, and erased at the end, before the
+    commands to continue with. A pipe or a file gets only the finished lines."""
     shown = in_a_terminal(here, "--log_interval=4", "--eval_interval=6")
     bars = [piece for piece in re.split(r"[\r\n]", shown) if "step/s" in piece or "s/step" in piece or "?step" in piece]
     assert bars and "0/12" in bars[0] and any("loss " in bar for bar in bars)

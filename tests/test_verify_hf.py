@@ -1,5 +1,5 @@
-"""The verify_hf.py command: what it prints, and its exit code; and the principle, twice transformers' own error against
-float64, whatever the weights. tests/test_parity.py has the checks one by one, and the mistakes that they must catch."""
+"""The verify_hf.py command: its output, its exit code, and its principle: our error against float64 may be twice that
+of transformers. tests/test_parity.py has the checks one by one, and the mistakes that they must catch."""
 
 import sys
 from dataclasses import replace
@@ -26,7 +26,7 @@ TINY = SmolLM2Config(
 
 
 def run(monkeypatch, capsys, *arguments):
-    """Run the command in this process; returns (exit code, stdout, stderr)."""
+    """Run the command in this process; return (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["verify_hf.py", *arguments])
     try:
         run_main(verify_hf.main)
@@ -49,8 +49,8 @@ def test_a_directory_verifies(hf_directory):
 
 
 def test_a_tensor_altered_on_one_side_fails(hf_directory, monkeypatch, capsys):
-    """One weight matrix a thousandth larger on our side: exit code 1, its name, and the rows it reaches marked; the
-    rows it does not reach still agree."""
+    """If one weight matrix is 0.1% larger on our side, the exit code is 1, the matrix is named, and the rows that it
+    affects are marked; the others still agree."""
     from_pretrained = checkpoint.from_pretrained
 
     def altered(path, *arguments, **keywords):
@@ -69,7 +69,7 @@ def test_a_tensor_altered_on_one_side_fails(hf_directory, monkeypatch, capsys):
 
 
 def test_a_tensor_that_transformers_made_up_fails(hf_directory, monkeypatch, capsys):
-    """A tensor that its model has and the files have not: a warning in transformers, a failed row here."""
+    """A tensor that is missing from the files: a warning in transformers, a failed row here."""
     load = verify_hf.LlamaForCausalLM.from_pretrained
 
     def incomplete(*arguments, **keywords):
@@ -82,7 +82,7 @@ def test_a_tensor_that_transformers_made_up_fails(hf_directory, monkeypatch, cap
 
 
 def test_files_in_bfloat16_and_no_tokenizer(tmp_path, monkeypatch, capsys):
-    """transformers 5 would load these weights as bf16 by default, and every tolerance would be void."""
+    """transformers 5 would load these weights as bf16 by default, and the tolerances would mean nothing."""
     tiny_hf().to(torch.bfloat16).save_pretrained(tmp_path)
     assert verify_hf.load_original(tmp_path)[0].dtype == torch.float32
     code, out, _ = run(monkeypatch, capsys, f"--model={tmp_path}", "--seed=1", "--context=32")
@@ -140,14 +140,14 @@ def textbook(q, k, v, attn_mask=None, is_causal=False, **_):
 
 
 def test_rows_are_judged_by_the_error_of_transformers():
-    """Twice its error, or the floor if it has none."""
+    """Our error may be twice its error, or the floor if it has none."""
     assert verify_hf.judged("", 1e-5, 2e-5).ok and not verify_hf.judged("", 1e-5, 2.1e-5).ok
     assert verify_hf.judged("", 0.0, 1e-6, 1e-6).ok and not verify_hf.judged("", 0.0, 1.1e-6, 1e-6).ok
     assert verify_hf.judged("", 0.0, 0.0).ok and not verify_hf.judged("", 0.0, 1e-9).ok
 
 
 def test_activations_in_the_thousands_pass(tmp_path, monkeypatch, capsys):
-    """As the released models have them. No tolerance fits these and a random model; the principle does."""
+    """The released models have them. No fixed tolerance fits both these and a random model; the principle does."""
     hf = tiny_hf()
     hf.model.layers[0].mlp.down_proj.weight.data.mul_(3000)
     ids = verify_hf.token_ids(hf, 1, 40, 0)
@@ -169,7 +169,7 @@ def test_a_large_model_is_compared_end_to_end_with_its_first_layers(tmp_path, mo
 
 
 def test_the_input_is_a_portion_of_the_text(hf_directory):
-    """By the seed, from its beginning again at its end; random ids without a text."""
+    """The seed chooses where it starts; at its end the text starts over. Without a text the ids are random."""
     model, text = checkpoint.from_pretrained(hf_directory), list(range(10, 30))
     found = verify_hf.token_ids(model, 2, 25, 3, text).flatten().tolist()
     assert all((b - a) % 20 == 1 for a, b in zip(found, found[1:])) and set(found) == set(text)

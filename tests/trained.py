@@ -13,7 +13,7 @@ PLAY = ROOT / "data" / "shakespeare" / "play.txt"
 
 @functools.cache  # once per test session; about seven seconds
 def trained_run() -> Path:
-    """The run's directory. It is shared, so a test that writes into it takes copy_of_run()."""
+    """Return the run's directory. Tests share it, so a test that writes to it must use copy_of_run() instead."""
     folder = Path(tempfile.mkdtemp(prefix="trained"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     arguments = (
@@ -29,5 +29,5 @@ def trained_run() -> Path:
 
 
 def copy_of_run(path) -> Path:
-    """A copy of the run at `path`, which the test may change; returns the path."""
+    """Copy the run to `path`, where the test may change it; return the path."""
     return Path(shutil.copytree(trained_run(), path))

@@ -42,7 +42,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 class Settings:
     only: str = ""  # groups, or cases as GROUP/TITLE, comma-separated; empty: all
     list: bool = False  # print the cases instead of running them
-    seconds: Count = 60  # a case that takes longer hangs
+    seconds: Count = 60  # a case that takes longer counts as hung
     jobs: Count = 2  # cases at a time
 
 
@@ -51,7 +51,7 @@ class Case:
     name: str  # GROUP/TITLE
     command: str  # SCRIPT --flag ..., as typed into a shell
     codes: int | tuple  # the allowed exit codes; minus the number of the signal that ended it
-    says: str = ""  # comma-separated words that it must print, on stderr if it fails: one|or another
+    says: str = ""  # comma-separated words that it must print, on stderr if it fails; a|b: a or b
     damage: Callable | tuple = ()  # called with the case's folder before the command runs
     leaves: str = ""  # globs of the files that may be new or changed
     env: dict | None = None
@@ -93,13 +93,13 @@ def judge(case: Case, template: Path, seconds: float) -> str:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Hash every file below a folder; locks belong to the operating system."""
+    """Hash every file below a folder, except for lock files."""
     files = [f for f in folder.rglob("*") if f.is_file() and not f.name.endswith(".lock")]
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def run(case: Case, place: Path, seconds: float) -> tuple[int | None, list[str]]:
-    """Run a case's command in its own session and leave no process: its exit code, None if it hung, and complaints."""
+    """Run a case's command in its own session, leave no process; return its exit code, None if it hung, and errors."""
     fixed = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
     environment = os.environ | fixed | dict(TMPDIR=str(place / "tmp")) | (case.env or {})
     with open(place / "out", "w") as out, open(place / "err", "w") as err:
@@ -125,7 +125,7 @@ def run(case: Case, place: Path, seconds: float) -> tuple[int | None, list[str]]
         os.killpg(process.pid, signal.SIGKILL)
         wrong.append(f"hung: no end within {seconds} s")
     process.wait()
-    end = time.monotonic() + 2  # a helper process may need a moment to notice that it is alone
+    end = time.monotonic() + 2  # a helper process may need a moment to notice that its parent is gone
     while (left := living(process.pid)) and time.monotonic() < end:
         time.sleep(0.1)
     for pid in left:
@@ -229,7 +229,7 @@ config = lambda **values: change(CONFIG, lambda data: json.dumps(json.loads(data
 
 
 def reached(step):
-    """A check: a run's state is at this step."""
+    """Return a check that the run's state is at this step."""
 
     def wrong(here):
         at = torch.load(here / STATE, weights_only=True)["progress"]["step"]
@@ -260,11 +260,11 @@ import_gguf 1 --gguf=missing --gguf=out --gguf=t.txt --gguf=out/t/model.safetens
 verify_hf 1,2 --shape=9B --context=0 --model=missing
 bench 1,2 --only=nonsense --repeats=0 --model=missing --llama_bench=missing
 app 1,2 --port=70000 --auth=nocolon --model=missing
-"""  # with exit code 2 all flags of a line together, which must all be named; else each of them alone
+"""  # exit code 2: one case with all flags of a line, which must all be named; else a case for each flag
 
 
 def rows(group: str, command: str, codes, says: str, damages: dict, **rest) -> list[Case]:
-    """Make a case for each of these damages, which must end alike."""
+    """Make a case for each of these damages; all of them must end the same way."""
     return [Case(f"{group}/{title}", command, codes, says, damage, **rest) for title, damage in damages.items()]
 
 
@@ -290,7 +290,7 @@ def flag_cases() -> list[Case]:
 
 
 def text_cases() -> list[Case]:
-    """What prepare.py reads."""
+    """Make the cases for the files that prepare.py reads."""
     line, ask = json.dumps({"text": PLAY[:500]}), '{"messages": [{"role": "user", "content": "Hi"}, %s]}'
     answer = '{"role": "assistant", "content": "Ho"}'
     wrong = {
@@ -313,7 +313,7 @@ def text_cases() -> list[Case]:
 
 
 def model_cases() -> list[Case]:
-    """What a model directory and a GGUF file hold."""
+    """Make the cases for model directories and GGUF files."""
     norm, tokenizer = "model.norm.weight", "out/t/tokenizer.json"
     index = put(f"{WEIGHTS}.index.json", json.dumps({"weight_map": {norm: "model-1.safetensors"}}))
     configs = [
@@ -342,7 +342,7 @@ def model_cases() -> list[Case]:
 
 
 def run_cases() -> list[Case]:
-    """A run that is resumed, and its data."""
+    """Make the cases for resumed runs and their data."""
     log, train, alone = "out/t/log.jsonl", "data/t/train.bin", "train.py --out_dir=out/t"
     states = {
         "cut": cut(STATE), "empty": put(STATE, ""), "weights": move(WEIGHTS, STATE),
@@ -364,7 +364,7 @@ def run_cases() -> list[Case]:
 
 
 def ending_cases() -> list[Case]:
-    """Where output goes, and signals."""
+    """Make the cases for output streams and signals."""
     owl, made = f"{SAMPLE} --prompt='🦉 naïve 漢字'", dict(leaves="out/n/*")
     plain = {"C": dict(LC_ALL="C"), "latin1": dict(PYTHONIOENCODING="latin1"), "ascii": dict(PYTHONIOENCODING="ascii")}
     cases = [Case(f"output/sample {k}", owl, 0, "tokens", env=v) for k, v in plain.items()]
@@ -390,7 +390,7 @@ def ending_cases() -> list[Case]:
 
 def table() -> list[Case]:
     cases = [*flag_cases(), *text_cases(), *model_cases(), *run_cases(), *ending_cases()]
-    assert len({case.name for case in cases}) == len(cases), "two cases have one name"
+    assert len({case.name for case in cases}) == len(cases), "two cases have the same name"
     return cases
 
 
@@ -404,7 +404,7 @@ def main():
     if s.list:
         print("\n".join(f"{case.name}   exit code {case.codes}" for case in cases) + f"\n{len(cases)} cases")
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # else what is started in the background would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else child processes of a background job would ignore it
     started, failed = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="attack") as place, ThreadPool(s.jobs) as pool:
         make_folder(template := Path(place, "folder"))

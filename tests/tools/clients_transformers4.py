@@ -1,7 +1,7 @@
 """
-Does transformers 4.57, the last release before 5, compute the same from a run as this code does? The test suite has no
-such test, because this installs that release into its own environment (a minute and about 60 MB; torch comes from the
-environment that runs this script).
+Check that transformers 4.57, the last release before 5, computes the same from a run as this code does. The test suite
+has no such test, because this installs that release into its own environment (a minute and about 60 MB; torch comes
+from the environment that runs this script).
 
     python tests/tools/clients_transformers4.py --model=out/tiny_shakespeare
     python tests/tools/clients_transformers4.py --model=out/tiny_shakespeare --env=.venv4     # keeps the environment
@@ -121,7 +121,7 @@ def main():
         theirs, version = run_theirs(python, directory, folder)
         tokens, texts, largest = compare(model, tokenizer, theirs)
         print(f"transformers {version} on {directory.name}, {len(PROMPTS)} prompts:")
-        print(f"  tokenized otherwise {tokens}, continued otherwise {texts}, logits differ by at most {largest:.1e}")
+        print(f"  {tokens} tokenized differently, {texts} continued differently, logits differ by up to {largest:.1e}")
         wrong = Path(shutil.copytree(directory, folder / "wrong", ignore=shutil.ignore_patterns("*.pt", "*.gguf")))
         config = read_json(wrong / "config.json")
         config.pop("rope_theta", None)
@@ -134,7 +134,7 @@ def main():
     if tokens or texts or largest > TOLERANCE:
         problems.append(f"not the same model (tolerance {TOLERANCE:.0e})")
     if model.config.rope_theta != 10000 and without < 10 * TOLERANCE:
-        problems.append("the negative control came out equal, so this comparison sees nothing")
+        problems.append("the negative control came out equal, so this comparison proves nothing")
     if problems:
         raise UserError("; ".join(problems) + ".")
     print("the same")

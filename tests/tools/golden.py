@@ -1,5 +1,5 @@
 """
-Compares the golden run of tests/test_golden.py with its record to the last bit, or records it again.
+Compare the golden run of tests/test_golden.py with its record to the last bit, or record it again.
 
     python tests/tools/golden.py                   # prints the largest difference; exit code 1 if it is not 0
     python tests/tools/golden.py --record=true     # writes tests/golden/log.json: only if the numbers should change

@@ -90,7 +90,7 @@ def state(file: Path) -> list[str]:
 
 
 def result(run: Path) -> dict:
-    """Take what a run left in its folder; the log by columns, without its timings."""
+    """Collect what a run left in its folder, with the log by columns and without its timings."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     columns = {key for row in rows for key in row if not OTHER.search(key)}
     log = {k: [[i, repr(row[k])] for i, row in enumerate(rows) if k in row] for k in columns}  # as text: NaN != NaN
@@ -179,7 +179,7 @@ def same(old: dict, new: dict, only: str) -> bool:
 
 
 def make(root: Path, only: str) -> dict:
-    """Record a checkout: of each case what it computed, or the error that it ended with."""
+    """Record a checkout: for each case its results, or the error that it ended with."""
 
     def do(kind: str, name: str) -> tuple[str, dict]:
         try:

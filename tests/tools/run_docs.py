@@ -23,7 +23,7 @@ SHORT = "--max_iters=2 --lr_decay_iters=0 --max_epochs=0 --warmup_iters=1 --eval
 SKIPPED = {  # what a command contains: why it is not run
     r"pip install|git clone|HuggingFaceTB/": "needs a network",
     r"torchrun|--compile=on|--device=cuda": "is for a GPU",
-    r"pytest|ruff|bench\.py|verify_hf\.py|stress\.py|attack\.py|sweep\.py|same_answers": "takes minutes, has own tests",
+    r"pytest|ruff|bench\.py|verify_hf\.py|stress\.py|attack\.py|sweep\.py|same_answers": "slow, has its own tests",
     r"\b(RUN|NAME|FILE|PATH|HOST|out/A|out/finetune_smollm2)\b": "has a placeholder, or a run that takes long",
     r"ollama|vllm|ssh|app\.py|gradio_client": "is another program, or needs a server",
 }
@@ -56,7 +56,7 @@ def alike(shown: str, printed: str) -> bool:
 
 
 def run_command(command: str, folder: Path) -> str:
-    """Run a command in the copy; return what became of it."""
+    """Run a command in the copy; return whether it ran, failed or was skipped."""
     for pattern, reason in SKIPPED.items():
         if re.search(pattern, command):
             return f"skipped: {reason}"
@@ -68,7 +68,7 @@ def run_command(command: str, folder: Path) -> str:
 
 
 def run_python(page: str, folder: Path) -> str:
-    """Run the Python blocks of a page in one process; return what became of them."""
+    """Run the Python blocks of a page in one process; return whether they ran, failed or were skipped."""
     found, code = blocks(page), ""
     for i, (language, text, _) in enumerate(found):
         code += f"print({NEXT % i!r})\n{text}" if language == "python" else ""

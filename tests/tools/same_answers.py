@@ -1,9 +1,9 @@
 """
-Does a chat model give the same answers everywhere? Conversations of several turns are answered greedily in fp32 by
-chat.py, by the playground, by transformers' pipeline, and by llama.cpp's /v1/chat/completions from the exported GGUF
-file. Each of them turns the messages into ids by its own code. Needs gguf, transformers and the xllamacpp wheel.
+Check that a chat model gives the same answers everywhere. Conversations of several turns are answered greedily in fp32
+by chat.py, by the playground, by transformers' pipeline, and by llama.cpp's /v1/chat/completions from the exported GGUF
+file. Each of them turns the messages into ids with its own code. Needs gguf, transformers and the xllamacpp wheel.
 
-    python tests/tools/same_answers.py --model=out/chat_smollm2            # ten conversations, some minutes
+    python tests/tools/same_answers.py --model=out/chat_smollm2            # ten conversations, a few minutes
 
 The questions are from data/chat/heldout.jsonl; the answers between them are the model's own. Exit code 0 if all agree.
 """
@@ -50,7 +50,7 @@ class Clients:
     """One model in four programs. Each function in `answer` takes the messages so far and returns the next text."""
 
     def __init__(self, model: str, folder: str, length: int):
-        """folder: for the GGUF file."""
+        """Load the model in all four; the GGUF file goes to `folder`."""
         from llamacpp import LlamaCpp
         from transformers import pipeline
 

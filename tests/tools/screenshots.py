@@ -1,5 +1,5 @@
 """
-Takes pictures of the playground's tabs for the docs: light, dark and on a phone, as small PNGs.
+Take pictures of the playground's tabs for the docs: light, dark and on a phone, as small PNGs.
 
     python tests/tools/screenshots.py --model=out/chat_smollm2 --run=out/tiny_shakespeare         # into docs/
 
@@ -36,13 +36,13 @@ class Settings:
     model: str = "out/chat_smollm2"  # a model that can chat
     run: str = "out/tiny_shakespeare"  # the run of the Training tab, and the second model of Write
     out_dir: str = "docs"  # for the pictures
-    prompt: str = "ROMEO:"  # of Write
+    prompt: str = "ROMEO:"  # for the Write tab
     seed: int = 7
     length: int = 64  # tokens
 
 
 def save(page, path: Path):
-    """Writes a PNG of what the window shows, with as many colors as fit into MAX_BYTES."""
+    """Write a PNG of what the window shows, with as many colors as fit into MAX_BYTES."""
     page.wait_for_timeout(1000)
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     for colors in (256, 128, 64, 32):
@@ -53,14 +53,14 @@ def save(page, path: Path):
 
 
 def enter(page, label: str, value):
-    """Puts a number into a box, without scrolling to it."""
+    """Put a number into a box, without scrolling to it."""
     box = page.get_by_label(label, exact=True)
     box.evaluate("(e, value) => { e.value = value; e.dispatchEvent(new Event('input')) }", value)
     box.evaluate("e => e.dispatchEvent(new Event('blur'))")
 
 
 def send(page, box: str, text: str, texts: int = 1):
-    """Sends a text and waits until so many texts have ended."""
+    """Send a text and wait until this many texts have ended."""
     page.locator(f"{box} textarea").fill(text)
     page.locator(f"{box} textarea").press("Enter")
     page.wait_for_timeout(1500)
@@ -75,7 +75,7 @@ def choose(page, label: str, option: str):
 
 
 def take_pictures(page, s: Settings, kind: str):
-    """Chats and writes, and saves a picture of each tab."""
+    """Chat, write, and save a picture of each tab."""
 
     def tab(name: str):
         page.get_by_role("tab", name=name).click()

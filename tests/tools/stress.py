@@ -1,5 +1,5 @@
 """
-Test the promises of train.py and prepare.py with real kills and a full disk: minutes long, outside the normal suite.
+Test the promises of train.py and prepare.py with real kills and a full disk: too slow for the test suite.
 
     python tests/tools/stress.py                                # everything: about fifteen minutes on two cores
     python tests/tools/stress.py --kills=10 --prepare_kills=10  # fewer kills
@@ -7,8 +7,8 @@ Test the promises of train.py and prepare.py with real kills and a full disk: mi
 It kills prepare.py at random moments: data/NAME is then the old data set or the new one, whole, and train.py uses it.
 It kills a small training run while it trains, evaluates and saves: the model directory loads, here and in transformers,
 and at most one checkpoint interval is lost. Then it stops the run by signals, fills the disk, and splits the work over
-other micro-batches and processes. Each result is compared with a run that nobody disturbed: to the last bit if one
-process computed it, the files by their sha256.
+other micro-batches and processes. Each result is compared with an undisturbed run: to the last bit if one process
+computed it, and the files by their sha256.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class Settings:
     kills: Natural = 50  # SIGKILLs of train.py
     prepare_kills: Natural = 20  # SIGKILLs of prepare.py
     stops: Natural = 10  # SIGINTs and SIGTERMs
-    seed: int = 0  # of the random moments
+    seed: int = 0  # for the random moments
 
 
 RUN = (
@@ -60,7 +60,7 @@ def command(out, *flags, processes=1):
 
 
 def start(out) -> tuple[subprocess.Popen, int]:
-    """Start a run and wait for its first step, so that a kill does not fall on the imports; return the step, too."""
+    """Start a run and wait for its first step, so that no kill comes during the imports; return both."""
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = subprocess.Popen(command(out), env=ONE_THREAD, **streams)
     return run, next((int(line.split()[1]) for line in run.stdout if line.startswith("step ") and "|" in line), 0)
@@ -82,7 +82,7 @@ def entries(out, key) -> dict:
 
 
 def assert_same(a, b):
-    """Two finished runs are equal to the last bit."""
+    """Assert that two finished runs are equal to the last bit."""
     x, y = ([state(run)["model"], state(run)["optimizers"]] for run in (a, b))
     torch.testing.assert_close(x, y, rtol=0, atol=0)
     wrong = [key for key in ("loss", "lr", "grad_norm", "val_loss", "sample") if entries(a, key) != entries(b, key)]
@@ -92,7 +92,7 @@ def assert_same(a, b):
 
 
 def loads(out):
-    """Weights, config and tokenizer belong together, here and in transformers."""
+    """Assert that weights, config and tokenizer load and belong together, here and in transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = checkpoint.load(out)
@@ -104,14 +104,14 @@ def loads(out):
 
 
 def data_files(name) -> dict:
-    """Hash the files of data/NAME; of meta.json take what describes the others, since it also holds paths and times."""
+    """Hash the files of data/NAME; from meta.json take only what describes them, not the paths and times."""
     meta = prepare.read_meta(name)
     files = {f.name: file_sha256(f) for f in Path("data", name).iterdir() if f.name not in (".lock", "meta.json")}
     return files | {key: meta[key] for key in ("train_tokens", "val_tokens", "vocab_size", "source_sha256")}
 
 
 def prepare_kills(n):
-    """Kill prepare.py while it replaces one data set by another: text by text, text by conversations, and back."""
+    """Kill prepare.py while it replaces one data set with another: text by text, text by conversations, and back."""
     whole, chat = {}, f"--tokenizer=data/play --input={ROOT}/data/chat"
     Path("short.txt").write_text(PLAY.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
     ways = dict(short="--input=short.txt --vocab_size=400", long=f"--input={PLAY} --vocab_size=600")
@@ -127,7 +127,7 @@ def prepare_kills(n):
         new, began = random.choice([way for way in ways if way != old]), time.time()
         run = subprocess.Popen(make(new, "victim"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while i % 2 and run.poll() is None and not (written.exists() and written.stat().st_mtime >= began):
-            time.sleep(0.001)  # every other kill comes when the new files are about to get their names
+            time.sleep(0.001)  # every other kill comes just before the new files are renamed
         time.sleep(random.random() * (0.06 if i % 2 else seconds))
         run.kill()
         run.wait()
@@ -151,7 +151,7 @@ def kills(n):
         lost.append(reached - kept)
         assert 0 <= lost[-1] <= 10, f"kill {i + 1}: {reached} steps done, {kept} kept"
         loads("out/kills")
-        if run.returncode == 0 or reached >= 390:  # it got to its end: begin again
+        if run.returncode == 0 or reached >= 390:  # the run was nearly done: start over
             shutil.rmtree("out/kills")
     finish("out/kills")
     assert not [f for f in os.listdir("out/kills") if "tmp" in f], "stale temporary files"

@@ -1,14 +1,14 @@
 """
-Trains a recipe several times, with one thing changed at a time, and prints what each variant reaches. Nothing else
+Train a recipe several times, with one thing changed at a time, and print the result of each variant. Nothing else
 should run meanwhile. Variants are separated by a slash; the first group of arguments goes to all of them.
 
     python tests/tools/sweep.py config/tiny_shakespeare.py --max_iters=600 / --optimizer=adamw / --optimizer=muon
     python tests/tools/sweep.py --seeds=1,2,3 config/tiny_shakespeare.py / --token_noise=0 / --token_noise=0.1
 
-Prints bits per byte of the validation text for the best model of each run: the mean over the seeds, and the largest
+It prints bits per byte of the validation text for the best model of each run: the mean over the seeds, and the largest
 distance from it. "in rows" is train.py's figure, in rows of its block_size; "sliding" is evaluate.py's, in rows of the
 model's context, 512 at most. So variants that differ in block_size cannot be compared. A recipe's max_epochs may end a
-run before --max_iters: --max_epochs=0 lifts it. The runs stay under out/sweep/.
+run before --max_iters: --max_epochs=0 turns that off. The runs stay under out/sweep/.
 """
 
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(flags: list[str], seed: str, out_dir: Path) -> dict:
-    """Train once; return the time and the bits per byte of the best model. Exits if the run fails."""
+    """Train once; return the time and the bits per byte of the best model. Exit if the run fails."""
     shutil.rmtree(out_dir, ignore_errors=True)
     train = [sys.executable, ROOT / "train.py", *flags, f"--seed={seed}", f"--out_dir={out_dir}"]
     done = subprocess.run(train, stdout=subprocess.PIPE, text=True)
