@@ -106,7 +106,9 @@ def test_values_given_in_python_are_held_to_the_same_ranges():
 def guarded(body: str, **kw) -> subprocess.CompletedProcess:
     """Run a script whose main() prints 200,000 lines and then runs this body."""
     lines = f"import os, sys, signal; sys.path.insert(0, {str(ROOT)!r}); from lib.settings import *"
-    code = f"{lines}\ndef main():\n    for i in range(200_000): print('line', i)\n    {body}\nrun_main(main)"
+    # as in a terminal: in the background, or under nohup, the tests inherit that these signals are ignored
+    signals = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    code = f"{lines}\n{signals}\ndef main():\n    for i in range(200_000): print('line', i)\n    {body}\nrun_main(main)"
     return subprocess.run([sys.executable, "-c", code], capture_output="stdout" not in kw, text=True, **kw)
 
 
