@@ -1,6 +1,7 @@
 """What the tests share: a tiny model made by transformers, with a tokenizer, in a directory. Offline, CPU, fp32."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread slows down mode
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, processes inherit that it is ignored
 
 ROOT = Path(__file__).parent.parent
 # These send Unix signals, limit resources and open pseudo-terminals.
