@@ -35,6 +35,7 @@ def run_ten_lines(folder: Path, weights: Path) -> torch.Tensor:
     return torch.load(folder / "logits.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_model_py_alone_loads_weights_in_ten_lines(tmp_path, tied):
     """It needs no other file of this project, and its logits match transformers'."""
@@ -70,6 +71,7 @@ RUN = (
 ).split()
 
 
+@pytest.mark.slow
 def test_without_fast_everything_works(tmp_path):
     """Without fast/, or with only what `git rm` leaves of it, a run trains, resumes and samples as with it: equal
     validation losses up to rounding, and equal greedy text. int8 ends in an error that says it needs fast/."""

@@ -248,6 +248,7 @@ def test_autocast_is_no_disagreement(hf_directory):
         assert (decoded(model) - expected).std() < 5e-6 < (model(IDS)[0][0] - expected).std()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are flags for x86")
 @pytest.mark.parametrize("changed", ["-DPLAIN", "-mno-avx512vnni"])
 def test_every_way_to_multiply_bytes_gives_the_same_bits(changed, elsewhere, monkeypatch):

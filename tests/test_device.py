@@ -77,6 +77,7 @@ def test_compile_auto_leaves_short_runs_alone(monkeypatch):
     assert pick_compile("auto", "cpu", 1e20, 1e12) == (False, "no C++ compiler found")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepared", [True, False])
 def test_numbers_too_small_to_matter_are_zero(prepared):
     """In all threads, since denormals slow down each one. Negative control: without prepare_process() they are not."""

@@ -57,6 +57,7 @@ def by_hand(model, ids, T, stride) -> float:
     return sum(nats) / len(nats)
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_figures(model, tmp_path):
     """Bits per byte, in rows and sliding, equal those computed by hand. The two differ, so a mix-up would show."""
     shown = run_script("evaluate.py", "--model=m", "--text=t.txt", "--block_size=16", "--dtype=float32", cwd=tmp_path)
@@ -70,6 +71,7 @@ def test_the_command_prints_both_figures(model, tmp_path):
     assert abs(rows - sliding) > 1e-3
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_side_by_side(model, tmp_path):
     """Each model uses its own tokenizer; the figures come in the given order, with the difference."""
     save_hf_directory(tmp_path / "n", tiny_hf(seed=1))  # 512 tokens instead of 300
@@ -96,6 +98,7 @@ def test_the_validation_part_is_what_train_measures(model, tmp_path):
         validation_ids("t", model)
 
 
+@pytest.mark.slow
 def test_wrong_use_is_one_line(model, tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     for flags, message in (

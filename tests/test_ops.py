@@ -151,6 +151,7 @@ def worst_row(grad, exact) -> float:
     return float(((grad.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
+@pytest.mark.slow
 def test_float16_gradients_survive_a_large_vocabulary():
     """At 16,384 tokens most probabilities divided by 2,048 are below what float16 can hold, so the division must come
     after loss scaling. Each row of the embedding's gradient, the rows of absent tokens included, and each row of the

@@ -369,6 +369,7 @@ def test_a_run_takes_over_when_the_maker_of_its_data_set_is_killed(here, monkeyp
     assert found == [False, False, False, True] and maker.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_replacing_another_text_is_said(here):
     """Only prepare.py overwrites a data set, and it names the text that is replaced. The same input in another spelling
     replaces nothing; nor does an attempt that fails."""

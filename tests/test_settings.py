@@ -112,6 +112,7 @@ def guarded(body: str, **kw) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output="stdout" not in kw, text=True, **kw)
 
 
+@pytest.mark.slow
 def test_what_ends_a_script_is_one_line_and_its_exit_code(tmp_path):
     """Exit code 1 for a mistake or a full disk, 130 for Ctrl-C, 143 for SIGTERM, after cleaning up; no traceback."""
     done = guarded("raise UserError('bad ' + chr(0xdcff))")
