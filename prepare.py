@@ -8,10 +8,9 @@ Turns text into tokens: data/NAME/ with tokenizer.json, train.bin, val.bin and m
     python prepare.py --input=talks.jsonl --dataset=talks --tokenizer=out/SmolLM2-135M-Instruct --show=3    # to chat
     python prepare.py config/tiny_shakespeare.py                        # what train.py does by itself for a recipe
 
-A .jsonl file holds one document per line, in "text", or one conversation per line, in "messages" (lib/conversations.py
-has the other forms); any other file is one document of UTF-8 text. A tenth is held out for validation: with ten or more
-different documents those that a hash of the text picks, so the split is stable and duplicates stay together; with fewer
-the last ones; with one its tail. Each document ends with <|endoftext|>. The text may be larger than memory.
+It reads text of any size, and rows of JSON that are texts or conversations (lib/readers.py). A tenth is held out for
+validation: with ten or more different documents those that a hash of the text picks, so the split is stable and
+duplicates stay together; with fewer the last ones; with one its tail. Each document ends with <|endoftext|>.
 The .bin files are little-endian uint16 token ids without a header, as in nanoGPT. Conversations add train.mask.bin and
 val.mask.bin, one byte per token: 1 if the loss counts it, 2 if a conversation begins there, else 0.
 A data set belongs to its name: once data/NAME exists, train.py uses it as it is. Only this script replaces one.
@@ -32,12 +31,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import Annotated
 
-from lib.conversations import CHATML, Template, messages_of, read_chat_template
+from lib.conversations import conversation_encoder
 from lib.files import Busy, atomic, exclusive, file_sha256, load_tokenizer, read_errors_as_user_error, read_json
+from lib.readers import Source, find_files
 from lib.settings import Natural, UserError, Within, check, override, print_safe, run_main
 
 import numpy as np
@@ -61,159 +61,69 @@ class Settings:
     tokenizer: str = "bpe"  # bpe trains one; or a tokenizer.json, a directory or hub id that has one, or gpt2
     vocab_size: Annotated[int, Within(256 + len(SPECIAL), MAX_VOCAB_SIZE)] = 5000  # of a trained tokenizer; to 65536
     val_fraction: Annotated[float, Within(above=0, below=1)] = 0.1  # share of the text held out for validation
+    column: str = ""  # of rows of JSON, the key that is read, or a form such as alpaca; empty: text, else conversations
+    strict: bool = False  # True refuses conversations that teach nothing, which are left out otherwise
     show: Natural = 0  # print this many training conversations, with what the loss counts in green
 
 
 DATA = Path("data")
-PIECE = 1 << 18  # characters per piece: large enough for speed, small enough that many fit in memory
 MANY = 10  # with this many different documents, a hash picks those for validation
 TOKENIZER_BYTES = 16 << 20  # of text that a tokenizer is trained on: more hardly makes it better
 WORDS = re.compile(r"(?s).{1,999}\S(?=[ \n])|.{1,1000}")  # at most 1,000 characters: the trainer is quadratic in a word
-
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE = DATA / "shakespeare" / "input.txt"  # the download is kept here
 PLAY = Path(__file__).parent / "data" / "shakespeare" / "play.txt"  # used if there is no network
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the text: where it comes from, its documents, and which of them are validation
-
-
 def input_path(name: str, dataset: str) -> Path:
-    """Return what a setting `input` stands for: itself, the download of Tiny Shakespeare, or if empty
-    data/DATASET/input.txt, which for the default data set is that download."""
-    return Path(name) if name not in ("", "shakespeare") else DATA / (name or dataset) / "input.txt"
-
-
-def find_input(name: str, dataset: str) -> list[Path]:
-    """Return the files to read, each once, in a fixed order. Hidden files and folders, and folders behind links, are
-    left out unless --input spells them out. UserError if there are none."""
-    path = input_path(name, dataset)
-    if path == SHAKESPEARE:
-        return [shakespeare()]
-    if path.is_file():  # before the glob: a name may contain brackets
-        return [path]
-    pattern = "**/*" if path.is_dir() else str(path.relative_to(path.anchor))
-    pattern = re.sub(r"\*\*$", "**/*", re.sub(r"\*\*+(?=[^/*])|(?<=[^/*])\*\*+", "*", pattern))  # what glob.glob takes
-    files = {}
-    for file in sorted((path if path.is_dir() else Path(path.anchor)).glob(pattern)):
-        if file.is_file() and not any(part.startswith(".") and part not in path.parts for part in file.parts):
-            files.setdefault(os.path.realpath(file), file)
-    if not files:
-        raise UserError(f"{path}: no such file, and no folder or glob with files. Put the text there, or give --input.")
-    return list(files.values())
+    """Return what a setting `input` stands for: itself, the download of Tiny Shakespeare, or data/DATASET/input.txt."""
+    return Path(name).expanduser() if name not in ("", "shakespeare") else DATA / (name or dataset) / "input.txt"
 
 
 def shakespeare() -> Path:
-    """Return data/shakespeare/input.txt, downloaded if it does not exist. Without a network, print a warning and return
-    the play of this repository. UserError if the download is not Tiny Shakespeare."""
+    """Return the file of Tiny Shakespeare, downloaded if need be, or with a warning the play of this repository."""
     SHAKESPEARE.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(SHAKESPEARE.with_name(".download.lock")):  # a second process waits for the first one's download
         if SHAKESPEARE.is_file():
             return SHAKESPEARE
         try:
-            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=5) as response:
-                text = response.read()
+            text = urllib.request.urlopen(SHAKESPEARE_URL, timeout=5).read()
         except Exception as error:  # no network, no such host, a time-out, a refusal, half an answer
             print_safe(f"!! OFFLINE: Tiny Shakespeare could not be downloaded ({error}). Put it at {SHAKESPEARE}.")
             print_safe(f"!! Using {PLAY.name} instead, a play a tenth its size that comes with this project.")
             return PLAY
         if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-            raise UserError(
-                f"{SHAKESPEARE_URL} is not Tiny Shakespeare, perhaps a proxy's page. Put it at {SHAKESPEARE}."
-            )
+            raise UserError(f"{SHAKESPEARE_URL} is a proxy's page, not Tiny Shakespeare. Put it at {SHAKESPEARE}.")
         with atomic(SHAKESPEARE) as temporary:
             temporary.write_bytes(text)
     return SHAKESPEARE
 
 
 def warnings(dataset: str, meta: dict) -> list[str]:
-    """Return a line if a data set is not made from the text that one would expect: from the play, or from a file that
-    has another size or modification time now."""
-    path = input_path(meta["input"], dataset)
+    """Return a line if a data set is made from the play, or from a file with another size or modification time now."""
+    path, then = input_path(meta["input"], dataset), (meta["source_bytes"], meta["source_mtime"])
     if path == SHAKESPEARE and meta["source"] == PLAY.name:
         return [f"data/{dataset} is {PLAY.name}, used without a network. Another --dataset tries the download again."]
-    then = meta["source_bytes"], meta["source_mtime"]
-    if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) != then:
-        return [f"{path} has changed since data/{dataset} was made from it. Another --dataset takes the new text."]
-    return []
+    changed = path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) != then
+    return [f"{path} has changed since data/{dataset} was made. Another --dataset takes the new one."] * changed
 
 
-@dataclass
-class Source:
-    """What scan() finds out: enough to split the input without holding it in memory."""
-
-    files: list[Path]
-    chat: bool  # whether the documents are conversations
-    bytes: int  # of text: without byte order marks and without the JSON around it
-    train_characters: int  # where the validation text of a single document begins
-    validation: np.ndarray  # (documents,) bool: which of several documents are validation
-
-
-def read_pieces(files: list[Path]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield (piece, whether it ends its document, whether it is a conversation, as JSON) for all the text. Pieces are
-    cut where GPT-2 and SmolLM2 cut, too, before a space or line break that follows other text: encoding piece by piece
-    gives the ids of the whole. UserError if there are both texts and conversations."""
-    first = None
-    for file in files:
-        documents = read_jsonl(file) if file.suffix.lower() == ".jsonl" else [(read_text(file), False)]
-        for number, (blocks, chat) in enumerate(documents, 1):
-            first = chat if first is None else first
-            if chat != first:
-                kind = "a conversation" if chat else "a text"
-                raise UserError(f"{file}: document {number} is {kind}, unlike those before. Leave one kind out.")
-            rest = ""
-            for block in blocks:
-                rest += block
-                if len(rest) >= PIECE and not chat:
-                    found = re.match(r"(?s).*\S(?=[ \n])", rest)  # goes to the end, and back from there once
-                    cut = found.end() if found else len(rest) - 1  # text without such a place is cut anywhere
-                    yield rest[:cut], False, chat
-                    rest = rest[cut:]
-            if rest:
-                yield rest, True, chat
-
-
-def read_jsonl(file: Path) -> Iterator[tuple[Iterable[str], bool]]:
-    """Yield (blocks of its text, whether it is a conversation) for each line of a .jsonl file: a text if it has "text",
-    else a conversation. UserError names the line that is wrong."""
-    with open(file, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                chat = "text" not in row
-                text = json.dumps(messages_of(row)) if chat else row["text"]
-                text.encode()  # half of a surrogate pair is JSON, but not text
-            except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                expected = 'expected a JSON object in UTF-8, with a "text" field of text or with "messages"'
-                what = error if isinstance(error, UserError) else expected
-                raise UserError(f"{file}, line {number}: {what}.") from None
-            yield [text] if chat else (text[i : i + PIECE] for i in range(0, len(text), PIECE)), chat
-
-
-def read_text(file: Path) -> Iterator[str]:
-    """Yield the text of a file block by block, with its line ends unchanged and without a byte order mark."""
-    remedy = f"Convert it (iconv -f latin1 -t utf-8 {shlex.quote(str(file))}), or leave it out with a glob."
-    with read_errors_as_user_error(file, remedy), open(file, encoding="utf-8-sig", newline="") as f:
-        while block := f.read(PIECE):
-            yield block
-
-
-def scan(files: list[Path], val_fraction: float) -> Source:
-    """Read all the input once and choose the validation part. UserError if it cannot be read, or is too short."""
-    sizes, hashes, size, chat, ended = array("q"), array("H"), 0, False, True  # of each document: characters, 16 bits
-    for text, ends, chat in tqdm(read_pieces(files), unit=" pieces", desc="reading", disable=None):  # noqa: B007
+def scan(source: Source, val_fraction: float):
+    """Read all the input once, say what it holds, and choose the validation part. UserError if it is too short."""
+    sizes, hashes, ended = array("q"), array("H"), True  # of each document: characters, and 16 bits of its hash
+    for text, ends in tqdm(source.pieces(), unit=" pieces", desc="reading", disable=None):
         if ended:
             sizes.append(0)
             hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=2).digest(), "big"))
-        sizes[-1], size, ended = sizes[-1] + len(text), size + len(text.encode()), ends
-    if len(sizes) < (2 if chat else 1):
-        raise UserError(f"{files[0]}: too short to split into training and validation text.")
-    validation = choose_validation(np.array(sizes), np.array(hashes), val_fraction)
-    return Source(files, chat, size, int(sum(sizes) * (1 - val_fraction)), validation)
+        sizes[-1], source.bytes, ended = sizes[-1] + len(text), source.bytes + len(text.encode()), ends
+    unit = "conversation" if source.chat else "document"
+    found = [f"{what}: {n:,} {unit}{'s' * (n > 1)} (first {at})" for what, (n, at) in source.found.items()]
+    if len(sizes) < (2 if source.chat else 1):
+        raise UserError("; ".join([f"{source.files[0]}: too short to split into training and validation text", *found]))
+    print_safe("\n".join(found))
+    source.validation = choose_validation(np.array(sizes), np.array(hashes), val_fraction)
+    source.train_characters = int(sum(sizes) * (1 - val_fraction))
 
 
 def choose_validation(sizes: np.ndarray, hashes: np.ndarray, val_fraction: float) -> np.ndarray:
@@ -236,31 +146,25 @@ def choose_validation(sizes: np.ndarray, hashes: np.ndarray, val_fraction: float
 def split(source: Source) -> Iterator[tuple[str, bool, str]]:
     """Yield ("train" or "val", whether the piece ends its document, the piece) for all the text."""
     number, seen, last = 0, 0, len(source.validation) - 1
-    for text, ends, _ in read_pieces(source.files):
-        if last > 0:
-            yield "val" if source.validation[min(number, last)] else "train", ends, text
-        else:  # a single document is cut, as in nanoGPT
+    for text, ends in source.pieces():
+        cut = 0 if source.validation[min(number, last)] else len(text)
+        if last == 0:  # a single document is cut, as in nanoGPT
             cut = max(0, source.train_characters - seen)
-            if text[:cut]:
-                yield "train", ends and cut >= len(text), text[:cut]
-            if text[cut:]:
-                yield "val", ends, text[cut:]
+        if text[:cut]:
+            yield "train", ends and cut >= len(text), text[:cut]
+        if text[cut:]:
+            yield "val", ends, text[cut:]
         number, seen = number + ends, seen + len(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the tokenizer, and text to ids
-
-
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE that cuts text as SmolLM2's does: digits one by one, then GPT-2's split into words. All
-    256 bytes are in the alphabet, so every text can be encoded. llama.cpp knows this pre-tokenizer as "smollm". The
-    vocabulary stays smaller than vocab_size if the text has no more pairs to merge."""
+    """Train a byte-level BPE that cuts text as SmolLM2's does ("smollm" in llama.cpp): digits one by one, then GPT-2's
+    split into words. All 256 bytes are in it. It has fewer tokens if the text has no more pairs to merge."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    options = dict(special_tokens=SPECIAL, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    trainer = BpeTrainer(vocab_size=vocab_size, **options)
     thread = threading.Thread(target=tokenizer.train_from_iterator, args=(texts, trainer), daemon=True)
     thread.start()  # the library does not look for Ctrl-C; join() does
     thread.join()
@@ -280,24 +184,22 @@ def trained_tokenizer(source: Source, vocab_size: int) -> Tokenizer:
 
 def find_tokenizer(name: str) -> tuple[Tokenizer, str, Path]:
     """Return an existing tokenizer, the token that ends a document, and its file. UserError if it cannot be used."""
-    path = Path(name)
+    path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         from huggingface_hub import snapshot_download
 
-        wanted = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+        repository = "openai-community/gpt2" if name == "gpt2" else name
         try:
-            folder = snapshot_download("openai-community/gpt2" if name == "gpt2" else name, allow_patterns=wanted)
+            file = Path(snapshot_download(repository, allow_patterns=["tokenizer*.json", "*.jinja"]), "tokenizer.json")
         except Exception as error:  # offline, unknown, gated, not a hub id: the library has a class for each
             where = f"neither here nor available from huggingface.co ({type(error).__name__})"
             raise UserError(f"--tokenizer={name}: {where}. Expected bpe, a file, a folder, a hub id or gpt2.") from None
-        file = Path(folder) / "tokenizer.json"
-    tokenizer = load_tokenizer(file)
-    size, last, end = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0), END
+    tokenizer, settings, end = load_tokenizer(file), file.with_name("tokenizer_config.json"), END
+    size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
     if not last < size <= MAX_VOCAB_SIZE:
         raise UserError(f"{file} has {size:,} tokens, the last id is {last:,}; expected at most {MAX_VOCAB_SIZE:,}.")
     if tokenizer.token_to_id(END) is None:
-        settings = file.with_name("tokenizer_config.json")
         end = read_json(settings).get("eos_token") if settings.is_file() else None
         end = end.get("content") if isinstance(end, dict) else end
         if not isinstance(end, str) or tokenizer.token_to_id(end) is None:
@@ -316,29 +218,26 @@ def fast_encoder(tokenizer: Tokenizer) -> Callable | None:
     """Return a function from text to ids that uses tiktoken, several times as fast as the tokenizer, and keeps special
     tokens in the text as text. None if the tokenizer is not a GPT-2 style BPE of bytes."""
     spec = json.loads(tokenizer.to_str())
-    pre = spec["pre_tokenizer"]
+    pre, patterns = spec["pre_tokenizer"], {("Digits", "ByteLevel"): DIGITS_PATTERN, ("ByteLevel",): GPT2_PATTERN}
     steps = () if pre is None else tuple(step["type"] for step in pre.get("pretokenizers", [pre]))
-    patterns = {("Digits", "ByteLevel"): DIGITS_PATTERN, ("ByteLevel",): GPT2_PATTERN}
     plain = all(token["special"] for token in spec["added_tokens"])  # others are looked for in the text, too
     if spec["model"]["type"] != "BPE" or spec["normalizer"] or steps not in patterns or not plain:
         return None
     # GPT-2's spelling of bytes: the printable ones as themselves, the others as the letters from U+0100 on
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(b): b for b in printable}
-    letters |= {chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
+    alphabet = ByteLevel.alphabet()
+    others = iter(sorted(letter for letter in alphabet if ord(letter) > 255))
+    letters = {chr(b) if chr(b) in alphabet else next(others): b for b in range(256)}
     special = {token["content"] for token in spec["added_tokens"]}
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
     if not all(letters.keys() >= set(token) for token in vocab):
         return None
     ranks = {bytes(letters[c] for c in token): i for token, i in vocab.items()}
-    size = max(ranks.values()) + 1
     # SmolLM2's vocabulary lacks 21 bytes. `tokenizers` drops them from the text; tiktoken needs an id for every byte,
     # so they are numbered past the end, and those ids are dropped.
-    for b in range(256):
-        ranks.setdefault(bytes([b]), size + b)
+    size = max(ranks.values()) + 1
+    ranks = {bytes([b]): size + b for b in range(256)} | ranks
     encoding = tiktoken.Encoding("own", pat_str=patterns[steps], mergeable_ranks=ranks, special_tokens={})
-    known = lambda ids: ids[ids < size]
-    return lambda text: known(encoding.encode_to_numpy(text, disallowed_special=()))
+    return lambda text: (ids := encoding.encode_to_numpy(text, disallowed_special=()))[ids < size]
 
 
 def make_encoder(tokenizer: Tokenizer, sample: str) -> Callable:
@@ -355,54 +254,47 @@ def make_encoder(tokenizer: Tokenizer, sample: str) -> Callable:
 
 def encode_all(encode: Callable, pieces: Iterable[tuple]) -> Iterator[tuple]:
     """Turn (*tags, text) into (*tags, text, ids), in order, on every core and with a bounded number in flight."""
-    threads = min(16, os.cpu_count() or 1)  # more would wait for the one that reads and writes
+    threads, waiting = min(16, os.cpu_count() or 1), deque()  # more would wait for the one that reads and writes
     with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for piece in pieces:
-            waiting.append((piece, pool.submit(encode, piece[-1])))
-            if len(waiting) > 2 * threads:
-                piece, result = waiting.popleft()
-                yield *piece, result.result()
-        for piece, result in waiting:
-            yield *piece, result.result()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the data folder
+        for piece in chain(pieces, repeat(None, 2 * threads)):  # None: takes nothing up, and lets one out
+            waiting.append(piece and (piece, pool.submit(encode, piece[-1])))
+            if len(waiting) > 2 * threads and (first := waiting.popleft()):
+                yield *first[0], first[1].result()
 
 
 def prepare(s: Settings, replace: bool = True) -> dict:
     """Make data/DATASET from the settings and return its meta.json. An earlier data set of that name stays until all of
-    the new one is written, or for good if not `replace`. UserError says what cannot be prepared."""
+    the new one is written, or for good if not `replace`."""
     check(Settings, **asdict(s))
     if Path(s.dataset).name != s.dataset or s.dataset in ("", ".", ".."):
         raise UserError(f"--dataset={s.dataset}: expected a plain name; the result goes to data/NAME/.")
     found = find_tokenizer(s.tokenizer) if s.tokenizer != "bpe" else None
-    source, before = scan(find_input(s.input, s.dataset), s.val_fraction), None
+    path, before, folder = input_path(s.input, s.dataset), None, DATA / s.dataset
+    source = Source([shakespeare()] if path == SHAKESPEARE else find_files(path), s.column, s.strict)
+    scan(source, s.val_fraction)
     with suppress(UserError):  # none there, or a damaged one
         before = input_path(read_meta(s.dataset)["input"], s.dataset)
-    with exclusive(DATA / s.dataset, "being prepared"):
-        if not replace and (DATA / s.dataset / "meta.json").is_file():
+    with exclusive(folder, "being prepared"):
+        if not replace and (folder / "meta.json").is_file():
             return read_meta(s.dataset)
         meta = write_data(s, source, *(found or (trained_tokenizer(source, s.vocab_size), END, None)))
-    if before and os.path.abspath(before) != os.path.abspath(input_path(s.input, s.dataset)):
-        print_safe(f"data/{s.dataset}: the data set made from {before} is replaced")
-    kind, n = "conversation" if source.chat else "document", len(source.validation)
-    print_safe(f"data/{s.dataset}: {meta['source']}, {n:,} {kind}{'s' if n > 1 else ''}, {source.bytes:,} bytes")
-    counts = "  train {train_tokens:,} tokens, val {val_tokens:,} tokens, vocabulary {vocab_size:,}, ".format(**meta)
-    print_safe(counts + f"{source.bytes / (meta['train_tokens'] + meta['val_tokens']):.2f} bytes per token")
+    if before and os.path.abspath(before) != os.path.abspath(path):
+        print_safe(f"{folder}: the data set made from {before} is replaced")
+    print_safe(f"{folder}: {meta['source']}, {source.bytes:,} bytes")
+    line = "  train {train_tokens:,} tokens, val {val_tokens:,} tokens, vocabulary {vocab_size:,}, ".format(**meta)
+    print_safe(line + f"{source.bytes / (meta['train_tokens'] + meta['val_tokens']):.2f} bytes per token")
     if source.chat:
-        counts = "  in the loss: train {train_loss_tokens:,}, val {val_loss_tokens:,}; an answer ends with {eos_token}"
-        print_safe(counts.format(**meta))
-        show_conversations(DATA / s.dataset, s.show)
+        line = "  in the loss: train {train_loss_tokens:,}, val {val_loss_tokens:,}; an answer ends with {eos_token}"
+        print_safe(line.format(**meta))
+        show_conversations(folder, s.show)
     return meta
 
 
 def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, tokenizer_file: Path | None) -> dict:
     """Write the files of data/DATASET, all or none, and return what meta.json holds."""
     folder = DATA / s.dataset
-    for name in FILES:  # left over by a run that was killed
-        (folder / f"{name}.tmp").unlink(missing_ok=True)
+    clear = lambda: [(folder / f"{name}.tmp").unlink(missing_ok=True) for name in FILES]
+    clear()  # what a run left that was killed
     tokenizer_json = tokenizer_file.read_bytes() if tokenizer_file else tokenizer.to_str(pretty=True).encode()
     files = {name: folder / f"{name}.tmp" for name in (FILES if source.chat else FILES[:4])}
     try:
@@ -410,15 +302,15 @@ def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, toke
             encode, end, template = conversation_encoder(tokenizer, tokenizer_file)
             files["chat_template.jinja"].write_text(template, encoding="utf-8")
         else:
-            encode = make_encoder(tokenizer, next(read_pieces(source.files))[0])
+            encode = make_encoder(tokenizer, next(source.pieces())[0])
         counts = write_bins(source, encode, tokenizer.token_to_id(end), files)
         files["tokenizer.json"].write_bytes(tokenizer_json)
         stats, hashes = [file.stat() for file in source.files], "".join(map(file_sha256, source.files))
         meta = dict(
             vocab_size=tokenizer.get_vocab_size(), eos_token_id=tokenizer.token_to_id(end), eos_token=end,
             tokenizer=s.tokenizer, vocab_size_asked=s.vocab_size, val_fraction=s.val_fraction,
-            tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(), **counts,
-            documents=len(source.validation), input=s.input, source=s.input if len(stats) > 1 else source.files[0].name,
+            tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(), **counts, documents=len(source.validation),
+            input=s.input, column=s.column, source=s.input if len(stats) > 1 else source.files[0].name,
             source_bytes=sum(stat.st_size for stat in stats), source_mtime=max(stat.st_mtime_ns for stat in stats),
             source_sha256=hashes if len(stats) == 1 else hashlib.sha256(hashes.encode()).hexdigest(),
         )  # fmt: skip
@@ -428,8 +320,7 @@ def write_data(s: Settings, source: Source, tokenizer: Tokenizer, end: str, toke
         with atomic(files["meta.json"]) as temporary:  # last, since it says that the others are complete
             temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     except BaseException:
-        for file in files.values():
-            file.unlink(missing_ok=True)
+        clear()
         raise
     (folder / "meta.json").unlink(missing_ok=True)  # from here on finish_renames() completes what is interrupted
     finish_renames(folder, nullcontext())
@@ -451,7 +342,7 @@ def finish_renames(folder: Path, lock=None):
 
 def write_bins(source: Source, encode: Callable, eos: int, files: dict[str, Path]) -> dict:
     """Encode all the text into the token files and masks; return what meta.json counts: tokens, tokens in the loss, and
-    bytes of text, which for conversations are those of the answers. UserError if the text is too short to split."""
+    bytes of text, which for conversations are those of the answers."""
     counts = Counter()
     with ExitStack() as stack:
         out = {name: stack.enter_context(open(file, "wb")) for name, file in files.items() if name.endswith(".bin")}
@@ -470,25 +361,6 @@ def write_bins(source: Source, encode: Callable, eos: int, files: dict[str, Path
     if min(counts["train_tokens"], counts["val_tokens"]) < 2:
         raise UserError(f"{source.files[0]}: too short to split into training and validation text.")
     return counts
-
-
-def conversation_encoder(tokenizer: Tokenizer, file: Path | None) -> tuple[Callable, str, str]:
-    """Return a function from a conversation, as JSON, to its ids, mask and answers; the token that ends an answer; and
-    the chat template: the one beside the tokenizer's file, or ChatML."""
-    own = file and read_chat_template(file.parent) is not None
-    template = Template.of(file.parent, tokenizer) if own else Template(CHATML, tokenizer, {})
-    tokenizer.encode_special_tokens = True
-
-    def encode(text: str) -> tuple[np.ndarray, bytes, str]:
-        messages = json.loads(text)
-        ids, loss_mask = template.encode([messages])[0]
-        said = "".join(m["content"] for m in messages if m["role"] == "assistant")
-        return np.array(ids), bytes([2, *loss_mask[1:]]), said
-
-    ids, mask, _ = encode('[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]')
-    if (end := int(ids[mask.rfind(1)])) not in template.special.values():
-        raise UserError("the chat template has no special token after an answer: a model would not learn to stop.")
-    return encode, tokenizer.id_to_token(end), template.text
 
 
 def show_conversations(folder: Path, count: int):
@@ -513,10 +385,11 @@ def read_meta(dataset: str) -> dict:
         sizes = {f"{part}.bin": 2 * meta[f"{part}_tokens"] for part in ("train", "val")}
         if "train_loss_tokens" in meta:
             sizes |= {f"{part}.mask.bin": meta[f"{part}_tokens"] for part in ("train", "val")}
-        tokenizer, made = meta["tokenizer_sha256"], {key: meta[key] for key in ("input", "tokenizer", "val_fraction")}
+        made = {key: meta[key] for key in ("input", "tokenizer", "val_fraction", "column") if key in meta}
         made |= dict(dataset=dataset, vocab_size=meta["vocab_size_asked"])
         again = "Make it again with: python prepare.py " + shlex.join(f"--{key}={made[key]}" for key in made)
-    for name, size in {**sizes, "tokenizer.json": None}.items():
+        sizes["tokenizer.json"], tokenizer = None, meta["tokenizer_sha256"]
+    for name, size in sizes.items():
         file = folder / name
         if not file.is_file() or (file_sha256(file) != tokenizer if size is None else file.stat().st_size != size):
             raise UserError(f"{file} is missing, or not the file that meta.json describes. {again}")
@@ -524,8 +397,7 @@ def read_meta(dataset: str) -> dict:
 
 
 def resolve(s: Settings, given: dict[str, str]) -> dict:
-    """Return the meta.json of data/DATASET: of the existing data set as it is, or of a new one made from the settings.
-
+    """Return the meta.json of data/DATASET, made from the settings if it does not exist.
     given: the settings that were given, each by "flag" or "recipe". A flag that contradicts an existing data set is a
     UserError. Under torchrun the first process of each machine makes it and the others look for its last file: if they
     waited in a collective call, they would give up after some minutes."""
@@ -536,24 +408,19 @@ def resolve(s: Settings, given: dict[str, str]) -> dict:
             prepare(s, replace=False) if first else None
         time.sleep(0.1)
     meta = read_meta(s.dataset)
-    check_flags(s, meta, {key for key, origin in given.items() if origin == "flag"})
+    made, asked = (asdict(Settings()) | x | dict(input=input_path(x["input"], s.dataset)) for x in (meta, asdict(s)))
+    if s.vocab_size == meta["vocab_size_asked"]:  # a short text, or an existing tokenizer, has another number of tokens
+        asked["vocab_size"] = meta["vocab_size"]
+    for key in ("input", "tokenizer", "vocab_size", "val_fraction", "column"):
+        same = os.path.abspath(str(asked[key])) == os.path.abspath(str(made[key]))  # as paths: "a" is "./a"
+        if given.get(key) == "flag" and not same:
+            what = f"data/{s.dataset} was made with {key}={made[key]}, and --{key}={asked[key]} asks for another"
+            raise UserError(f"{what}. Give that one a --dataset of its own, or leave --{key} out.")
     return meta
 
 
-def check_flags(s: Settings, meta: dict, flags: set[str]):
-    """UserError if a flag asks for another data set than the one that meta.json describes."""
-    made, asked = (x | dict(input=input_path(x["input"], s.dataset)) for x in (meta, asdict(s)))
-    if s.vocab_size == meta["vocab_size_asked"]:  # a short text, or an existing tokenizer, has another number of tokens
-        asked["vocab_size"] = meta["vocab_size"]
-    for key in flags & {"input", "tokenizer", "vocab_size", "val_fraction"}:
-        if os.path.abspath(str(asked[key])) != os.path.abspath(str(made[key])):  # as paths: "a" is "./a"
-            what = f"data/{s.dataset} was made with {key}={made[key]}, and --{key}={asked[key]} asks for another"
-            raise UserError(f"{what}. Give that one a --dataset of its own, or leave --{key} out.")
-
-
 def main():
-    (settings,) = override(sys.argv[1:], Settings, doc=__doc__, shared_with=str(Path(__file__).with_name("train.py")))
-    prepare(settings)
+    prepare(*override(sys.argv[1:], Settings, doc=__doc__, shared_with=str(Path(__file__).with_name("train.py"))))
 
 
 if __name__ == "__main__":

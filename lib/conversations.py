@@ -1,7 +1,6 @@
 """
 Conversations: a model's chat template, and the ids and the loss mask of a conversation.
 
-    from lib.conversations import Template, messages_of
     template = Template.of(Path("out/SmolLM2-135M-Instruct"), tokenizer)
     ids, loss_mask = template.encode([messages])[0]
 
@@ -13,6 +12,7 @@ messages may be special tokens; what the messages contain is always encoded as t
 import json
 import re
 from bisect import bisect_left
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,11 +21,15 @@ from lib.files import first_line, read_errors_as_user_error, read_json
 from lib.settings import UserError, is_text
 
 import jinja2
+import numpy as np
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-ROLES = "system", "user", "assistant"
+ROLES = dict(system="system", user="user", assistant="assistant", human="user", gpt="assistant")  # and ShareGPT's
+CALLS = {"tool", "function", "observation", "function_call", "tool_call", "tool_response"}  # roles around a tool call
+NOT_TAUGHT = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool calls")  # key: what it holds
+NOT_TAUGHT |= dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "images or recordings")
 # For models without a template: ChatML, as in SmolLM2-Instruct, without its default system message.
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
@@ -33,36 +37,31 @@ CHATML = (
 )
 
 
-def check_messages(messages) -> list[dict]:
-    """Return the messages, each with its role and content only. UserError names the first message that is wrong."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError("expected a list of messages")
-    for i, message in enumerate(messages, 1):
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or not is_text(content):
-            raise UserError(f"message {i} is not an object with a role and a content of text")
-        if message.get("role") not in ROLES:
-            raise UserError(f"message {i} has the role {message.get('role')!r}, expected {', '.join(ROLES)}")
-        if message["role"] == "system" and i > 1:
-            raise UserError(f"message {i} is a system message; only the first message can be one")
-    return [dict(role=m["role"], content=m["content"]) for m in messages]
+class Unlearnable(UserError):
+    """A conversation that is well-formed, but has what is not taught here, or nothing to learn."""
 
 
-def messages_of(row) -> list[dict]:
-    """Return the messages of a row of data: of {"messages": [...]} as they are, of {"prompt": text, "completion":
-    text}, or of ShareGPT's {"conversations": [{"from", "value"}, ...]}. UserError says what is wrong with the row;
-    KeyError or TypeError if it is none of these."""
-    if "messages" in row:
-        messages = row["messages"]
-    elif "completion" in row:
-        messages = [dict(role="user", content=row.get("prompt")), dict(role="assistant", content=row["completion"])]
-    else:
-        roles = dict(human="user", gpt="assistant")
-        messages = [dict(role=roles.get(t["from"], t["from"]), content=t["value"]) for t in row["conversations"]]
-    messages = check_messages(messages)
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise UserError("the assistant says nothing, so there is nothing to train on")
-    return messages
+def check_messages(messages, row: dict) -> list[dict]:
+    """Return the messages of a row, each with its role and content only: the names of roles become ours, and parts of
+    text one text. UserError names the first message that is wrong; Unlearnable says what there is not to learn."""
+    system = dict(role="system", content=row.get("system") or row.get("system_prompt"))
+    checked, messages = [], messages if not system["content"] or messages[:1] == [system] else [system, *messages]
+    for i, m in enumerate(messages, 1):
+        m = m if isinstance(m, dict) else {}
+        role, content = str(m.get("role", m.get("from"))), m.get("content", m.get("value"))
+        held = ["tool calls"] * (role in CALLS) + [NOT_TAUGHT[key] for key in NOT_TAUGHT if row.get(key) or m.get(key)]
+        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+            held += ["images or recordings" for part in content if part.get("type") != "text"]
+            content = "".join(str(part.get("text")) for part in content)
+        if held:
+            raise Unlearnable(held[0])
+        if not isinstance(content, str) or not is_text(content) or role not in ROLES:
+            raise UserError(f"message {i} is not an object with a content of text and a role of {', '.join(ROLES)}")
+        checked.append(dict(role=ROLES[role], content=content))
+    answers = [m["content"].strip() for m in checked if m["role"] == "assistant"]
+    if not answers or not all(answers):
+        raise Unlearnable("an empty assistant turn" if answers else "no assistant turn")
+    return checked
 
 
 def read_chat_template(path: Path) -> str | None:
@@ -140,7 +139,7 @@ class Template:
         """settings: the model's tokenizer_config.json, for bos_token, eos_token and the like."""
         self.text, self.tokenizer = text, tokenizer
         named = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
-        self.values = {k: v for k, v in named.items() if isinstance(v, str)}
+        self.values = dict(tools=None, documents=None) | {k: v for k, v in named.items() if isinstance(v, str)}
         self.special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
 
@@ -216,3 +215,22 @@ class Template:
         fits = lambda cut: len(ids(cut)) + room <= context
         cut = left_out if fits(left_out) else cuts[bisect_left(cuts[:-1], True, key=fits)]
         return ids(cut), cut
+
+
+def conversation_encoder(tokenizer: Tokenizer, file: Path | None) -> tuple[Callable, str, str]:
+    """Return a function from a conversation, as JSON, to its ids, mask and answers; the token that ends an answer; and
+    the chat template: the one beside the tokenizer's file, or ChatML."""
+    own = file and read_chat_template(file.parent) is not None
+    template = Template.of(file.parent, tokenizer) if own else Template(CHATML, tokenizer, {})
+    tokenizer.encode_special_tokens = True
+
+    def encode(text: str) -> tuple[np.ndarray, bytes, str]:
+        messages = json.loads(text)
+        ids, loss_mask = template.encode([messages])[0]
+        said = "".join(m["content"] for m in messages if m["role"] == "assistant")
+        return np.array(ids), bytes([2, *loss_mask[1:]]), said
+
+    ids, mask, _ = encode('[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]')
+    if (end := int(ids[mask.rfind(1)])) not in template.special.values():
+        raise UserError("the chat template has no special token after an answer: a model would not learn to stop.")
+    return encode, tokenizer.id_to_token(end), template.text

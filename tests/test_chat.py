@@ -19,6 +19,7 @@ from pathlib import Path
 from lib import conversations
 from lib.conversations import CHATML, Template, render
 from lib.files import load_tokenizer, read_json, write_json
+from lib.readers import Source
 from lib.settings import UserError
 
 import jinja2
@@ -317,7 +318,7 @@ def test_few_conversations_are_split(here):
 
 A, B = turns("a", "b")
 BAD = [
-    dict(messages=[A | dict(role="tool"), B]), dict(messages=[A, B, A | dict(role="system"), A, B]), dict(messages=[A]),
+    dict(messages=[A | dict(role="tool"), B]), dict(messages=[A | dict(role="narrator"), B]), dict(messages=[A]),
     dict(messages=turns("a", " \n")), dict(messages=[]), dict(messages=[A | dict(content=5), B]),
     dict(messages=turns("\ud800", "b")), dict(conversations=[{"from": "bing", "value": "a"}]), dict(completion="b"), {},
 ]  # fmt: skip
@@ -328,7 +329,7 @@ def test_prepare_names_file_and_line_of_what_it_refuses(here):
     for bad in BAD:
         (here / "talks.jsonl").write_text(json.dumps(dict(messages=[A, B])) + "\n\n" + json.dumps(bad))
         with pytest.raises(UserError, match="^talks.jsonl, line 3: "):
-            prepare.scan([Path("talks.jsonl")], 0.1)
+            prepare.scan(Source([Path("talks.jsonl")], strict=True), 0.1)
 
 
 def test_the_models_own_template_is_used(here):

@@ -18,7 +18,7 @@ LINES = {
     "checkpoint.py": 380,
     "train.py": 570,
     "sample.py": 240,
-    "prepare.py": 560,
+    "prepare.py": 430,
     "chat.py": 130,
     "evaluate.py": 130,
     "verify_hf.py": 500,
@@ -31,6 +31,7 @@ LINES = {
     "lib/files.py": 120,
     "lib/device.py": 160,
     "lib/conversations.py": 240,
+    "lib/readers.py": 140,
     "lib/gguf_format.py": 110,
     "lib/parallel.py": 100,
     "lib/track.py": 80,
@@ -45,10 +46,10 @@ CORE = ["model.py", "dataloader.py", "optimizer.py", "checkpoint.py", "train.py"
 # The limits of all files together. A new leaf script may raise "python" by its lines, to at most 7,300, and its tests
 # may raise "tests", to at most 10,500.
 TOTALS = {
-    "python": 6440,
+    "python": 6460,
     "core lines": 1870,
     "core characters": 100000,
-    "tests": 9500,
+    "tests": 9770,
     "README words": 1400,
     "docs words": 9000,
 }

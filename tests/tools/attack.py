@@ -295,10 +295,10 @@ def text_cases() -> list[Case]:
     answer = '{"role": "assistant", "content": "Ho"}'
     wrong = {
         "empty": "", "one byte": "a", "cut character": PLAY.encode() + b"\xe2\x82", "binary": bytes(range(256)),
-        "latin1": b"\xe9" * 999, "UTF-16": PLAY.encode("utf-16"),
+        "latin1": b"\xe9" * 999, "PDF": b"%PDF-1.7\n%" + bytes(range(128, 256)),
     }  # fmt: skip
-    fine = {"CRLF": PLAY.replace("\n", "\r\n"), "one line": "word " * 100_000}
-    talks = [ask % answer, '{"prompt": "Hi", "completion": "Ho"}']
+    fine = {"CRLF": PLAY.replace("\n", "\r\n"), "one line": "word " * 100_000, "UTF-16": PLAY.encode("utf-16")}
+    talks = [ask % answer, '{"prompt": "Hi", "completion": "Ho"}', '{"instruction": "Hi", "output": "Ho"}']
     bad_lines = ["{}", '{"text": 5}', '{"text": null}', "hello", line[:-9]]
     bad_talks = ["null", '{"role": "bot", "content": "Ho"}', answer.replace('"Ho"', "null"), answer.replace("Ho", "")]
     text, lines = (f"{PREPARE} --input={name}" for name in ("x.txt", "x.jsonl --tokenizer=out/t"))
