@@ -49,7 +49,7 @@ TOTALS = {
     "python": 6460,
     "core lines": 1870,
     "core characters": 100000,
-    "tests": 9770,
+    "tests": 9800,
     "README words": 1400,
     "docs words": 9000,
 }
