@@ -41,25 +41,25 @@ class Unlearnable(UserError):
     """A conversation that is well-formed, but has what is not taught here, or nothing to learn."""
 
 
-def check_messages(messages, row: dict) -> list[dict]:
-    """Return the messages of a row, each with its role and content only: the names of roles become ours, and parts of
-    text one text. UserError names the first message that is wrong; Unlearnable says what there is not to learn."""
-    system = dict(role="system", content=row.get("system") or row.get("system_prompt"))
+def check_messages(messages, row: dict | None = None) -> list[dict]:
+    """Return messages with role and content only: names of roles become ours, and parts of text one text. UserError
+    names the first that is wrong. row: the row of data they are from; Unlearnable says why it teaches nothing."""
+    system = dict(role="system", content=row and (row.get("system") or row.get("system_prompt")))
     checked, messages = [], messages if not system["content"] or messages[:1] == [system] else [system, *messages]
     for i, m in enumerate(messages, 1):
         m = m if isinstance(m, dict) else {}
         role, content = str(m.get("role", m.get("from"))), m.get("content", m.get("value"))
-        held = ["tool calls"] * (role in CALLS) + [NOT_TAUGHT[key] for key in NOT_TAUGHT if row.get(key) or m.get(key)]
+        held = [what for key, what in NOT_TAUGHT.items() if m.get(key) or row and row.get(key)]
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             held += ["images or recordings" for part in content if part.get("type") != "text"]
             content = "".join(str(part.get("text")) for part in content)
-        if held:
-            raise Unlearnable(held[0])
+        if held or role in CALLS:
+            raise Unlearnable(held[0] if held else "tool calls")
         if not isinstance(content, str) or not is_text(content) or role not in ROLES:
             raise UserError(f"message {i} is not an object with a content of text and a role of {', '.join(ROLES)}")
         checked.append(dict(role=ROLES[role], content=content))
     answers = [m["content"].strip() for m in checked if m["role"] == "assistant"]
-    if not answers or not all(answers):
+    if row is not None and not (answers and all(answers)):
         raise Unlearnable("an empty assistant turn" if answers else "no assistant turn")
     return checked
 
