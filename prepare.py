@@ -78,7 +78,7 @@ PLAY = Path(__file__).parent / "data" / "shakespeare" / "play.txt"  # used if th
 
 def input_path(name: str, dataset: str) -> Path:
     """Return what a setting `input` stands for: itself, the download of Tiny Shakespeare, or data/DATASET/input.txt."""
-    return Path(name).expanduser() if name not in ("", "shakespeare") else DATA / (name or dataset) / "input.txt"
+    return Path(os.path.expanduser(name)) if name not in ("", "shakespeare") else DATA / (name or dataset) / "input.txt"
 
 
 def shakespeare() -> Path:

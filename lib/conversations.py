@@ -49,7 +49,7 @@ def check_messages(messages, row: dict | None = None) -> list[dict]:
     for i, m in enumerate(messages, 1):
         m = m if isinstance(m, dict) else {}
         role, content = str(m.get("role", m.get("from"))), m.get("content", m.get("value"))
-        held = [what for key, what in NOT_TAUGHT.items() if m.get(key) or row and row.get(key)]
+        held = [what for key, what in NOT_TAUGHT.items() if any(str(x.get(key) or "")[2:] for x in (m, row or {}))]
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             held += ["images or recordings" for part in content if part.get("type") != "text"]
             content = "".join(str(part.get("text")) for part in content)

@@ -20,7 +20,7 @@ from lib.files import read_errors_as_user_error
 from lib.settings import UserError, is_text
 
 PIECE = 1 << 18  # characters per piece: large enough for speed, small enough that many fit in memory
-BINARY = {b"%PDF": "a PDF", b"PK\3\4": "an archive", b"\x89PNG": "an image", b"GGUF": "weights", b"PAR1": "Parquet"}
+BINARY = {b"%PDF-": "a PDF", b"PK\3\4": "an archive", b"\x89PNG": "an image", b"GGUF\3": "weights", b"PAR1": "Parquet"}
 # The forms of a conversation as a row of data: the keys of what the user and the assistant say, or of both.
 FORMS = {"messages": ["messages"], "ShareGPT": ["conversations"], "alpaca": ["instruction", "output"]}
 FORMS |= {"pairs, the chosen answers": ["prompt", "chosen"], "pairs, the chosen": ["chosen"]}
@@ -45,7 +45,7 @@ def find_files(path: Path) -> list[Path]:
 
 def read_text(file: Path) -> Iterator[str]:
     """Yield the text of a file block by block, with its line ends unchanged and without a byte order mark."""
-    remedy = f"Convert it (iconv -f latin1 -t utf-8 '{file}'), or leave it out with a glob."
+    remedy = f"Convert it (iconv -f latin1 -t utf-8 {str(file)!r}), or leave it out with a glob."
     with read_errors_as_user_error(file, remedy), fileinput.hook_compressed(file, "rb") as f:
         start = f.peek(8)
         if kind := next((kind for magic, kind in BINARY.items() if start.startswith(magic)), None):
@@ -58,8 +58,8 @@ def read_text(file: Path) -> Iterator[str]:
 def read_json(file: Path) -> Iterator[tuple[str, object]]:
     """Yield (place, row) for each row of JSON: one a line, or [i] of an array. Messages alone are a row."""
     with read_errors_as_user_error(file), fileinput.hook_compressed(file, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if n == 1 and line.lstrip()[:1] == b"[" and line.rstrip()[-1:] != b"]":  # an array over several lines
+        for n, line in enumerate(iter(lambda: f.readline(1 << 28), b""), 1):
+            if n == 1 and re.match(rb"(?s)(\xef\xbb\xbf)?\s*\[(?!.*\]\s*$)", line):  # an array over several lines
                 line += f.read(1 << 28)  # a larger one ends as broken JSON
             try:
                 value = json.loads(line) if line.strip() else []
@@ -85,7 +85,7 @@ def read_row(row, column: str) -> tuple[str, object]:
     if form == "alpaca" and row.get("input"):
         said[0] = f"{said[0]}\n{row['input']}"
     turns = [t if isinstance(t, list) else [dict(role=r, content=t)] for r, t in zip(("user", "assistant"), said)]
-    return f"json, {form}", turns[-1] if len(turns[-1]) > 1 else sum(turns, [])  # several have the question, too
+    return f"json, {form}", turns[-1] if any(t in turns[-1] for t in turns[0]) else sum(turns, [])  # asked once
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Source:
         """Yield (place, row) for each row of a file; of a file whose first row is unknown, (file, its text)."""
         named = file.name.lower().removesuffix(".gz").removesuffix(".bz2").endswith((".jsonl", ".ndjson"))
         start = "" if named else next(read_text(file), "").lstrip()
-        if re.match(r"\[\s*\{", start):
+        if ".json" in file.suffixes and re.match(r"\[\s*\{", start):
             next(read_json(file))  # UserError if the array is broken, or too large
         with suppress(UserError, StopIteration):
             named = named or start[:1] in ("{", "[") and (self.column or read_row(next(read_json(file))[1], ""))

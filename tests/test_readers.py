@@ -58,7 +58,8 @@ ROWS = [dict(id=str(i), text=text, label="x") for i, text in enumerate(TEXTS)]
         ("a.jsonl", lines(ROWS)), ("a.json", json.dumps(ROWS)), ("a.json", json.dumps(ROWS, indent=2)),
         ("a.jsonl", json.dumps(ROWS)), ("a.jsonl", json.dumps(ROWS, indent=1)), ("a.json", lines(ROWS)),
         ("a.ndjson", "\n\n" + lines(ROWS).replace("\n", "\r\n\r\n")), ("a.jsonl", "\ufeff" + lines(ROWS)),
-        ("a.txt", json.dumps(ROWS)), ("a.json", "[\n" + lines(ROWS)[:-1].replace("\n", ",\n") + "\n]"),
+        ("a.json", "\ufeff" + json.dumps(ROWS, indent=2)), ("a.txt", json.dumps(ROWS)),
+        ("a.json", "[\n" + lines(ROWS)[:-1].replace("\n", ",\n") + "\n]"),
     ],
 )  # fmt: skip
 def test_rows_are_found_whatever_stores_them(here, monkeypatch, name, data):
@@ -80,6 +81,7 @@ def test_text_is_read_as_it_is(here):
     prose = "[1] A note\n", "{x, y} is a set\n", "text\nmore\n", "a\0b\x01", '{"name": "x"}\n', "[]", "[1, 2]", "{}"
     for text in prose:
         assert read("a.txt", text) == read("a.json", text) == [text]
+    assert read("a.keymap", "[\n{'a': 1}, // a\n]") == ["[\n{'a': 1}, // a\n]"]
     assert read("a.json", json.dumps([dict(title="x")], indent=1)) == [json.dumps([dict(title="x")], indent=1)]
 
 
@@ -152,7 +154,7 @@ FORMS = {
     "pairs of answers": dict(prompt=TALK[:1], chosen=TALK[1:], rejected=TALK[1:]),
     "UltraFeedback": dict(prompt="Where?", messages=TALK, chosen=TALK, rejected=TALK),
     "binarized": dict(prompt="Where?", chosen=TALK, rejected=TALK),
-    "API log": dict(messages=[TALK[0] | dict(name="a"), TALK[1] | dict(refusal=None, tool_calls=None)], tools=[]),
+    "API log": dict(messages=[TALK[0] | dict(name="a"), TALK[1] | dict(refusal=None, tool_calls=None)], tools="[]"),
 }  # fmt: skip
 
 
@@ -175,6 +177,7 @@ def test_what_a_row_says_is_kept(here):
         (dict(instruction="Add.", input="1 2", output="3"), turns("Add.\n1 2", "3")),
         (dict(messages=[*TALK, system, *TALK]), [*TALK, system, *TALK]),
         (dict(messages=[*TALK, TALK[0]]), [*TALK, TALK[0]]),
+        (dict(prompt=TALK[:1], completion=[TALK[1], *turns("And?", "Here.")]), [*TALK, *turns("And?", "Here.")]),
     ):  # fmt: skip
         assert read("a.jsonl", lines([row])) == [wanted]
 
