@@ -90,7 +90,8 @@ def check_tokenizer(spec: dict, tokenizer, file: Path) -> str:
 def read_vocabulary(file: Path, tokenizer, vocab_size: int) -> dict:
     """Read what GGUF stores of a tokenizer from its tokenizer.json: pre, tokens, types, merges.
 
-    tokenizer: the same file as the tokenizers library read it."""
+    tokenizer: the same file as the tokenizers library read it.
+    """
     with read_errors_as_user_error(file):
         spec = read_json(file)
         pre = check_tokenizer(spec, tokenizer, file)
@@ -116,7 +117,8 @@ def chatml_system(template: str) -> str | None:
     """Return the system message that a ChatML template adds by itself ("" for none), or None if it is not ChatML.
 
     Ollama's templates are not Jinja, so the template cannot be copied. Instead it is rendered, and the text compared
-    with what ChatML would give."""
+    with what ChatML would give.
+    """
     turns = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2")]
     messages = [dict(role=role, content=content) for role, content in turns]
     body = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
@@ -135,7 +137,8 @@ def chatml_system(template: str) -> str | None:
 def modelfile(gguf_name: str, model, tokenizer, template: str | None) -> str:
     """Write Ollama's Modelfile: which file, what ends a text, how a conversation is written.
 
-    The format: https://docs.ollama.com/modelfile"""
+    The format: https://docs.ollama.com/modelfile
+    """
     stops = [tokenizer.id_to_token(i) or f"[PAD{i}]" for i in sorted(model.config.eos_ids)]
     lines = [f"# ollama create NAME -f Modelfile      then: ollama run NAME\nFROM ./{gguf_name}"]
     system = chatml_system(template) if template else None

@@ -2,7 +2,6 @@
 Draw a run's log.jsonl, or what bench.py measured, as a PNG. Needs matplotlib (`pip install matplotlib`), but no torch.
 
     python plot.py --run=out/tiny_shakespeare           # loss, best step, learning rate, speed: out/.../log.png
-    python plot.py --run=out/A,out/B                    # several runs in one picture, in bits per byte
     python bench.py > bench.txt; python plot.py --bench=bench.txt     # our speed next to the peers': bench.png
 """
 
@@ -91,13 +90,9 @@ def main():
         raise UserError("drawing needs matplotlib: pip install matplotlib") from None
     ink, paper, grid = ("#e6edf3", "#0d1117", "#30363d") if s.dark else ("#24292f", "#ffffff", "#d8dee4")
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
-    style |= {"figure.facecolor": paper, "axes.facecolor": paper, "grid.color": grid, "font.size": 8}
+    style |= {"figure.facecolor": paper, "axes.facecolor": paper, "grid.color": grid, "axes.grid": True}
     out = Path(s.out or (Path(s.bench).with_suffix(".png") if s.bench else Path(folders[0], "log.png")))
-    style |= {
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.prop_cycle": "cycler(color=['3b8eea', 'e8742a', '35a853'])",
-    }
+    style |= {"axes.axisbelow": True, "font.size": 8, "axes.prop_cycle": "cycler(color=['3b8eea', 'e8742a', '35a853'])"}
     with matplotlib.rc_context(style), atomic(out) as temporary:
         figure = Figure(figsize=(9, 6), layout="constrained")
         draw_bench(figure, Path(s.bench)) if s.bench else draw_runs(figure, folders)

@@ -47,7 +47,8 @@ def permute(weight, head_dim: int):  # (heads * D, C) -> (heads * D, C)
     """Reorder the rows of q_proj or k_proj from Hugging Face's order to ggml's.
 
     RoPE rotates pairs of dimensions: i and i + D/2 in Hugging Face's order, 2i and 2i + 1 in ggml's. Without this,
-    llama.cpp loads the file without a warning and writes nonsense."""
+    llama.cpp loads the file without a warning and writes nonsense.
+    """
     return weight.view(-1, 2, head_dim // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 
 
@@ -59,7 +60,8 @@ def unpermute(weight, head_dim: int):  # (heads * D, C) -> (heads * D, C)
 def write_gguf(file: Path, model, outtype: str, vocabulary: dict, end_ids: list[int], name: str, template: str | None):
     """Write a model as a GGUF file, with weights of type `outtype`: q8_0, f16, bf16 or f32.
 
-    vocabulary: pre (a name from PRE_TOKENIZERS), tokens, types and merges. end_ids: the one or two that end a text."""
+    vocabulary: pre (a name from PRE_TOKENIZERS), tokens, types and merges. end_ids: the one or two that end a text.
+    """
     gguf, c = gguf_package(), model.config
     ids = range(c.vocab_size)
     # Every field that llama.cpp reads for a llama. If one is missing, it takes a default without a warning.
